@@ -1,0 +1,78 @@
+"""The pruner's state as tensors and plain values, checked before it is taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purprune import PruneConfig
+
+FORMAT = 1
+_KEYS = ("format", "step", "config", "masks")
+
+
+def pack_state(step: int, masks: Mapping[str, Tensor], config: PruneConfig) -> dict[str, Any]:
+    """Return a state that ``torch.save`` and ``torch.load(weights_only=True)`` carry."""
+    return {
+        "format": FORMAT,
+        "step": step,
+        "config": json.dumps(config.as_dict(), sort_keys=True),
+        "masks": {name: mask.detach().clone() for name, mask in masks.items()},
+    }
+
+
+def unpack_state(
+    state: Mapping[str, Any],
+    config: PruneConfig,
+    params: Mapping[str, Tensor],
+    names: Collection[str],
+) -> tuple[int, dict[str, Tensor]]:
+    """Return step and masks of a state that fits; raise and say what differs otherwise."""
+    if not isinstance(state, Mapping) or set(state) != set(_KEYS):
+        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"Expected a pruner state with keys {', '.join(_KEYS)}; got {got}.")
+    if state["format"] != FORMAT:
+        raise ValueError(f"Expected format {FORMAT} of the pruner state; got {state['format']!r}.")
+    step = state["step"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"Expected step >= 0 in the pruner state; got {step!r}.")
+    differing = _differences(json.loads(state["config"]), json.loads(json.dumps(config.as_dict())))
+    if differing:
+        raise ValueError(
+            "Expected the state of a pruner with the same config; these differ (saved, now): "
+            + "; ".join(differing)
+        )
+    return step, _fitting_masks(state["masks"], params, names)
+
+
+def _fitting_masks(
+    masks: Any, params: Mapping[str, Tensor], names: Collection[str]
+) -> dict[str, Tensor]:
+    if not isinstance(masks, Mapping) or set(masks) != set(names):
+        missing = sorted(set(names) - set(masks))
+        extra = sorted(set(masks) - set(names))
+        raise ValueError(f"Expected masks of this model; missing {missing}, not in it {extra}.")
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise ValueError(f"Expected a bool mask for {name!r} in the pruner state.")
+        if mask.shape != params[name].shape:
+            raise ValueError(
+                f"Expected a mask of shape {tuple(params[name].shape)} for {name!r}; the state "
+                f"has {tuple(mask.shape)}."
+            )
+    return {name: masks[name].to(params[name].device, copy=True) for name in names}
+
+
+def _differences(saved: Any, now: Any, path: str = "config") -> list[str]:
+    """Return the paths at which two plain values differ."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in sorted(set(saved) | set(now))
+            for line in _differences(saved.get(key), now.get(key), f"{path}.{key}")
+        ]
+    return [] if saved == now else [f"{path} ({saved!r}, {now!r})"]

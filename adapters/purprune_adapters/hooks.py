@@ -1,0 +1,117 @@
+"""Hooks: what keeps pruned entries at zero between two calls of the pruner.
+
+The forward pre-hook is a plain object without a reference to the pruner or the model, so that a
+deepcopy or a pickle of the model takes its masks along and works by itself.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from purprune_adapters.inplace import zero_pruned_
+
+
+class MaskStore:
+    """Masks by parameter name, and which parameters are known to be masked as they stand now."""
+
+    def __init__(self, token: str) -> None:
+        """Make an empty store; the token tells the hooks of one pruner from another's."""
+        self.token = token
+        self.masks: dict[str, Tensor] = {}
+        self._clean: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is known of parameters: a copy has parameters of its own."""
+        return {"token": self.token, "masks": self.masks, "_clean": {}}
+
+    def mask_for(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the mask on the tensor's device, moved there once when the model moved."""
+        mask = self.masks[name]
+        if mask.device != tensor.device:
+            mask = self.masks[name] = mask.to(tensor.device)
+        return mask
+
+    def apply_(self, name: str, param: Tensor) -> None:
+        """Write zeros into the parameter, and remember that it is clean."""
+        zero_pruned_(param, self.mask_for(name, param))
+        if not param.is_inference():  # of these torch does not count the writes
+            self._clean[name] = (weakref.ref(param), _state(param))
+
+    def apply_if_changed_(self, name: str, param: Tensor) -> None:
+        """Write zeros unless neither the parameter nor its mask changed since the last time."""
+        known = self._clean.get(name)
+        if known is None or known[0]() is not param or known[1] != _state(param):
+            self.apply_(name, param)
+
+
+def _state(param: Tensor) -> tuple[int, int]:
+    """Return what changes when a parameter is written to, or gets other data."""
+    return (param._version, param.data_ptr())
+
+
+class MaskHook:
+    """A forward pre-hook that masks parameters at and below its module before they are read."""
+
+    def __init__(self, store: MaskStore, paths: Iterable[tuple[str, str]]) -> None:
+        """Take pairs of a path from the module to a parameter and the parameter's name."""
+        self.store = store
+        self.paths = tuple(paths)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Mask what changed; while a graph is captured the weights are masked already."""
+        if torch.compiler.is_compiling():
+            return
+        for path, name in self.paths:
+            if name in self.store.masks:
+                self.store.apply_if_changed_(name, operator.attrgetter(path)(module))
+
+
+class GradientHook:
+    """A post-accumulate-grad hook that zeroes the gradients of pruned entries."""
+
+    def __init__(self, store: MaskStore, name: str) -> None:
+        """Take the store of masks and the parameter's name."""
+        self.store = store
+        self.name = name
+
+    def __call__(self, param: Tensor) -> None:
+        """Zero the gradient where the mask prunes; sparse gradients are left alone."""
+        grad = param.grad
+        if grad is not None and grad.layout is torch.strided:
+            zero_pruned_(grad, self.store.mask_for(self.name, grad))
+
+
+def _watchers(name: str, modules: dict[str, nn.Module]) -> list[str]:
+    """Return the modules that may read a parameter: its own, the one above it, and the root.
+
+    The module above is there for those that read a child's weight without calling the child, as
+    MultiheadAttention reads ``out_proj.weight``.
+    """
+    owner = name.rpartition(".")[0]
+    above = owner.rpartition(".")[0]
+    return [path for path in dict.fromkeys((owner, above, "")) if path in modules]
+
+
+def add_forward_hooks(model: nn.Module, store: MaskStore, names: Iterable[str]) -> None:
+    """Hook every module that may read one of the parameters."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    watched: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        for path in _watchers(name, modules):
+            watched.setdefault(path, []).append((name[len(path) + 1 if path else 0 :], name))
+    for path, paths in watched.items():
+        modules[path].register_forward_pre_hook(MaskHook(store, paths))
+
+
+def remove_forward_hooks(model: nn.Module, token: str) -> None:
+    """Remove the hooks of one pruner from a model or a copy of it; others' stay."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, MaskHook) and hook.store.token == token:
+                del module._forward_pre_hooks[key]

@@ -1,0 +1,308 @@
+"""The training adapter: masks that follow a schedule while a model trains."""
+
+from __future__ import annotations
+
+import copy
+import uuid
+import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import purprune
+from purprune import Count, Plan, PruneConfig, Rule
+from purprune.config import as_config
+from purprune_adapters.checkpoint import pack_state, unpack_state
+from purprune_adapters.hooks import (
+    GradientHook,
+    MaskStore,
+    add_forward_hooks,
+    remove_forward_hooks,
+)
+from purprune_adapters.report import Report, ReportRow
+from purprune_adapters.resolve import resolve_rules
+
+
+class Pruner:
+    """Keeps a model pruned while it trains, and lets the sparsity follow the schedule.
+
+    The model stays an ordinary model: no parameter is renamed, wrapped or replaced, and its
+    ``state_dict`` has the keys that it had. Masks live here. Pruned entries are zero after every
+    :meth:`step` and in every forward pass, and their gradients are zero.
+
+    n calls of :meth:`step` leave the weights and masks of the pure fold: for each step t,
+    ``masks = compute_masks(params, t, cfg, prev=masks); params = apply_masks(params, masks)``.
+
+    Args:
+        model: the model to prune.
+        config: a :class:`purprune.PruneConfig`, a :class:`purprune.Rule` for all supported
+            modules, or a dict.
+        optimizer: when given, weights are masked right after each ``optimizer.step()`` too, so
+            that nothing sees an entry that momentum moved. It needs ``prepare(inplace=True)``.
+        mask_gradients: False leaves the gradients of pruned entries as they are.
+
+    Raises:
+        SelectionError: a selector matches nothing, or a parameter can't be pruned.
+        ConfigError: a pattern does not fit its parameter.
+
+    >>> from purprune import PolynomialDecay, Rule
+    >>> model = nn.Linear(8, 4)
+    >>> pruner = Pruner(model, Rule(0.75, PolynomialDecay([1, 2])))
+    >>> _ = pruner.prepare(inplace=True)
+    >>> for _ in range(2):  # after each optimizer.step()
+    ...     pruner.step()
+    >>> model = pruner.finalize()
+    >>> int((model.weight == 0).sum())
+    24
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruneConfig | Rule | Mapping[str, Any],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        mask_gradients: bool = True,
+    ) -> None:
+        """Resolve the config on the model; nothing is changed yet."""
+        self._config = as_config(config)
+        selection = resolve_rules(model, self._config)
+        self._rules, self._skipped = selection.rules, selection.skipped
+        self._model = model
+        self._optimizer = optimizer
+        self._mask_gradients = mask_gradients
+        self._step = 0
+        self._phase = "new"  # then "prepared", then "finalized"
+        self._store = MaskStore(uuid.uuid4().hex)
+        self._handles: list[Any] = []
+        self._loaded: tuple[int, dict[str, Tensor]] | None = None
+        self.plan(step=0)  # a pattern that does not fit is found before training
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is pruned: a copy after ``prepare(inplace=False)``."""
+        return self._model
+
+    @property
+    def config(self) -> PruneConfig:
+        """The config as it was given."""
+        return self._config
+
+    @property
+    def resolved_config(self) -> PruneConfig:
+        """The config by parameter name, as the pure core takes it."""
+        return PruneConfig(module_name_configs=self._rules)
+
+    @property
+    def step_count(self) -> int:
+        """How many optimizer steps were counted."""
+        return self._step
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """The masks in force by parameter name, True = keep; empty before :meth:`prepare`."""
+        return MappingProxyType(self._store.masks)
+
+    def plan(self, step: int | None = None) -> Plan:
+        """Return what would be pruned at a step (None: at the end), in integers."""
+        planned = purprune.plan(self._params(), self.resolved_config, step)
+        return Plan(planned.step, planned.tensors, self._skipped)
+
+    def sparsity_at(self, step: int) -> dict[str, float]:
+        """Return the sparsity of units that is in force at ``step``, by parameter name."""
+        return {name: float(rule.sparsity_at(step)) for name, rule in self._rules.items()}
+
+    def prepare(self, inplace: bool = False) -> nn.Module:
+        """Apply the masks of step 0, install the hooks, and return the model to train.
+
+        After :meth:`load_state_dict` the loaded masks are applied instead, and counting goes on
+        at the loaded step.
+
+        Args:
+            inplace: False prunes and returns a deepcopy; make the optimizer from its parameters.
+
+        Raises:
+            NaNError: a weight holds NaN; nothing is changed then.
+        """
+        if self._phase != "new":
+            warnings.warn(
+                f"The model is {self._phase} already; prepare() changes nothing. Make a new "
+                f"Pruner to start again.",
+                stacklevel=2,
+            )
+            return self._model
+        if self._optimizer is not None and not inplace:
+            raise ValueError(
+                "Expected prepare(inplace=True) with optimizer=..., which holds the parameters of "
+                "this model; a deepcopy would train without it."
+            )
+        model = self._model if inplace else copy.deepcopy(self._model)
+        step, masks = self._loaded or (0, None)
+        if masks is None:
+            masks = self._compute(model, 0, self._rules, {})
+        self._model, self._step, self._loaded = model, step, None
+        self._store.masks.update(masks)
+        self._install()
+        self._apply()
+        self._phase = "prepared"
+        return model
+
+    def step(self) -> None:
+        """Count one optimizer step: renew the masks where the schedule says so, and apply them.
+
+        Call it after ``optimizer.step()``.
+
+        Raises:
+            RuntimeError: before :meth:`prepare`, or after ``finalize(inplace=True)``.
+            NaNError: a weight holds NaN; step and masks stay as they were.
+        """
+        self._require_prepared("step")
+        step = self._step + 1
+        due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
+        if due:
+            self._store.masks.update(self._compute(self._model, step, due, self._store.masks))
+        self._step = step
+        self._apply()
+
+    def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
+        """Return a model with the zeros baked in and no trace of pruning.
+
+        Args:
+            model: the model to finalize, for instance a copy with averaged weights; None means
+                the pruned model itself.
+            inplace: False finalizes a deepcopy, and training can go on. True removes the hooks
+                from the model itself and ends this pruner.
+        """
+        self._require_prepared("finalize")
+        self._warn_unless_over()
+        chosen = self._model if model is None else model
+        final = chosen if inplace else copy.deepcopy(chosen)
+        params = dict(final.named_parameters())
+        if missing := [name for name in self._rules if name not in params]:
+            raise ValueError(
+                f"Expected a model with the parameters of the pruned one; got "
+                f"{type(final).__name__} without {', '.join(map(repr, missing))}."
+            )
+        for name in self._rules:
+            self._store.apply_(name, params[name])
+        remove_forward_hooks(final, self._store.token)
+        if final is self._model:
+            self._remove_handles()
+            self._phase = "finalized"
+        return final
+
+    def report(self) -> Report:
+        """Count the zeros in the weights as they are now; each weight is read once."""
+        params = self._params()
+        rows = [
+            ReportRow(
+                name,
+                tuple(params[name].shape),
+                _zeros(params[name]),
+                _pruned(self._store.masks.get(name), params[name]),
+                float(rule.sparsity_at(self._step)),
+                None if rule.last_step is None else float(rule.target),
+            )
+            for name, rule in self._rules.items()
+        ]
+        return Report(self._step, tuple(rows), MappingProxyType(dict(self._skipped)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return step, masks and config as tensors and plain values, for ``torch.save``."""
+        self._require_prepared("state_dict")
+        return pack_state(self._step, self._store.masks, self._config)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take step and masks from :meth:`state_dict`.
+
+        Before :meth:`prepare` (best: no mask of step 0 touches the loaded weights) or after it.
+
+        Raises:
+            ValueError: the state belongs to another config or to other shapes, or is damaged;
+                says what differs, and nothing is changed.
+        """
+        step, masks = unpack_state(state, self._config, self._params(), self._rules)
+        if self._phase == "new":
+            self._loaded = (step, masks)
+            return
+        self._require_prepared("load_state_dict")
+        self._step = step
+        self._store.masks.update(masks)
+        self._apply()
+
+    def __repr__(self) -> str:
+        """Return a short description."""
+        return f"Pruner({len(self._rules)} parameters, {self._phase}, step {self._step})"
+
+    def _params(self, model: nn.Module | None = None) -> dict[str, Tensor]:
+        params = dict((model or self._model).named_parameters())
+        return {name: params[name] for name in self._rules}
+
+    def _compute(
+        self, model: nn.Module, step: int, rules: Mapping[str, Rule], prev: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        params = {name: param for name, param in self._params(model).items() if name in rules}
+        before = {n: self._store.mask_for(n, params[n]) for n in params if n in prev}
+        return purprune.compute_masks(
+            params,
+            step,
+            PruneConfig(module_name_configs=dict(rules)),
+            prev=before,
+            grads={name: param.grad for name, param in params.items()},
+        )
+
+    def _apply(self) -> None:
+        for name, param in self._params().items():
+            self._store.apply_(name, param)
+
+    def _install(self) -> None:
+        add_forward_hooks(self._model, self._store, self._rules)
+        if self._mask_gradients:
+            for name, param in self._params().items():
+                if param.requires_grad:
+                    hook = GradientHook(self._store, name)
+                    handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                    self._handles.append(handle)
+        if self._optimizer is not None:
+            self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self._apply()))
+
+    def _remove_handles(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _require_prepared(self, call: str) -> None:
+        if self._phase == "new":
+            raise RuntimeError(f"Expected prepare() before {call}(); call pruner.prepare() first.")
+        if self._phase == "finalized":
+            raise RuntimeError(
+                f"Expected a pruner in training; got {call}() after finalize(inplace=True), which "
+                f"ended it. Make a new Pruner, or finalize a copy with inplace=False."
+            )
+
+    def _warn_unless_over(self) -> None:
+        early = [
+            f"{name} at {float(rule.sparsity_at(self._step)):.4g} of {float(rule.target):.4g}"
+            for name, rule in self._rules.items()
+            if rule.last_step is not None and rule.sparsity_at(self._step) != rule.target
+        ]
+        if early:
+            last = max(rule.last_step or 0 for rule in self._rules.values())
+            warnings.warn(
+                f"finalize() at step {self._step}, before the schedule's end at step {last}: "
+                f"{', '.join(early[:3])}{' and others' if len(early) > 3 else ''}. Call "
+                f"pruner.step() after each optimizer.step() until it is over.",
+                stacklevel=3,
+            )
+
+
+def _zeros(weight: Tensor) -> Count:
+    return Count(weight.numel() - int(torch.count_nonzero(weight.detach())), weight.numel())
+
+
+def _pruned(mask: Tensor | None, weight: Tensor) -> Count:
+    kept = weight.numel() if mask is None else int(torch.count_nonzero(mask))
+    return Count(weight.numel() - kept, weight.numel())

@@ -1,0 +1,89 @@
+"""The pruner's report: zeros counted in the weights as they are now, in integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from purprune import Count
+from purprune.tables import text_table
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One pruned parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    weight: Count
+    """Zeros among the weights now."""
+    mask: Count
+    """Entries that the mask prunes."""
+    sparsity: float
+    """The sparsity of units that the schedule has in force now."""
+    target: float | None
+    """The sparsity of units at the schedule's end; None for a callable schedule."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is pruned now, and why the rest is not."""
+
+    step: int
+    rows: tuple[ReportRow, ...]
+    skipped: Mapping[str, str]
+
+    @property
+    def total(self) -> Count:
+        """Zeros among all weights that have a rule."""
+        return Count(
+            sum(row.weight.zeros for row in self.rows), sum(row.weight.entries for row in self.rows)
+        )
+
+    def __getitem__(self, name: str) -> ReportRow:
+        """Return the row of a parameter."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"Expected a pruned parameter; got {name!r}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain dicts, lists, texts and numbers."""
+        return {
+            "step": self.step,
+            "zeros": self.total.zeros,
+            "entries": self.total.entries,
+            "parameters": {
+                row.name: {
+                    "shape": list(row.shape),
+                    "zeros": row.weight.zeros,
+                    "entries": row.weight.entries,
+                    "pruned_by_mask": row.mask.zeros,
+                    "sparsity": row.sparsity,
+                    "target_sparsity": row.target,
+                }
+                for row in self.rows
+            },
+            "skipped": dict(self.skipped),
+        }
+
+    def __str__(self) -> str:
+        """Return a table."""
+        rows = [
+            (
+                row.name,
+                "x".join(map(str, row.shape)),
+                f"{row.weight.zeros:,}",
+                f"{row.weight.entries:,}",
+                f"{float(row.weight):.2%}",
+                f"{row.sparsity:.4g}",
+                "-" if row.target is None else f"{row.target:.4g}",
+            )
+            for row in self.rows
+        ]
+        head = ("parameter", "shape", "zeros", "entries", "zero", "in force", "target")
+        dense = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped.items())
+        return f"step {self.step}: {self.total}\n{text_table(head, rows)}" + (
+            f"\ndense:{dense}" if dense else ""
+        )

@@ -1,0 +1,178 @@
+"""Resolving a config on a model: rules by module type become rules by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from purprune import PruneConfig, Rule, SelectionError
+from purprune.config import as_config, type_name
+from purprune.selection import (
+    NameMatcher,
+    Selection,
+    is_weight,
+    known_names,
+    refuse_empty,
+    refuse_integers,
+    refuse_unused,
+)
+
+SUPPORTED: Mapping[type[nn.Module], str] = {
+    nn.Linear: "weight",
+    nn.Conv1d: "weight",
+    nn.Conv2d: "weight",
+    nn.Conv3d: "weight",
+    nn.ConvTranspose1d: "weight",
+    nn.ConvTranspose2d: "weight",
+    nn.ConvTranspose3d: "weight",
+    nn.MultiheadAttention: "*_proj_weight",
+    nn.RNNBase: "weight_*",
+    nn.RNNCellBase: "weight_*",
+}
+"""The parameters that a type rule or the global rule is for, as glob patterns by module type."""
+
+NAMED_ONLY: Mapping[type[nn.Module], str] = {nn.Embedding: "weight", nn.EmbeddingBag: "weight"}
+"""As :data:`SUPPORTED`, but the global rule is not for them."""
+
+
+def resolve(model: nn.Module, config: PruneConfig | Rule | Mapping[str, Any]) -> PruneConfig:
+    """Return a config that names every parameter to prune, for use in the pure core.
+
+    Name beats type beats global. A type rule is for instances of the class and its subclasses;
+    of several the nearest class counts. The global rule is for the modules in :data:`SUPPORTED`.
+    Tied parameters are pruned once, under the first of their names.
+
+    Raises:
+        SelectionError: a selector matches nothing, a rule is for a parameter without
+            floating-point numbers or data, or tied parameters have different rules.
+
+    >>> from purprune import PruneConfig, Rule
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
+    >>> config = PruneConfig().set_module_type(nn.Conv2d, Rule(0.7)).set_module_type("Linear", None)
+    >>> list(resolve(model, config).module_name_configs)
+    ['0.weight']
+    """
+    return PruneConfig(module_name_configs=resolve_rules(model, config).rules)
+
+
+def resolve_rules(model: nn.Module, config: PruneConfig | Rule | Mapping[str, Any]) -> Selection:
+    """Return the rules by parameter name, and why each other parameter stays dense."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected a torch.nn.Module; got {type(model).__name__}.")
+    config = as_config(config)
+    refuse_empty(config)
+    search = _Search(model, config)
+    tied: dict[int, str] = {}
+    rules: dict[str, Rule] = {}
+    skipped: dict[str, str] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        first = tied.setdefault(id(param), name)
+        rule, selector = search.find(name, param)
+        if rule is None:
+            if name == first:
+                skipped[name] = selector
+            continue
+        _refuse_unfit(name, param, selector)
+        if rules.setdefault(first, rule) != rule:
+            raise SelectionError(
+                f"Expected one rule for the tied parameters {first!r} and {name!r}; got two. Set "
+                f"one of the names to the rule that is meant, or to None."
+            )
+        skipped.pop(first, None)
+    search.refuse_unused()
+    return Selection(rules, skipped)
+
+
+class _Search:
+    """Finds the rule for a parameter of a model."""
+
+    def __init__(self, model: nn.Module, config: PruneConfig) -> None:
+        self.config = config
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.params = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        self.names = NameMatcher(config.module_name_configs)
+        self.unused_types = set(config.module_type_configs)
+
+    def find(self, name: str, param: Tensor) -> tuple[Rule | None, str]:
+        """Return the rule and its selector, or None and the reason."""
+        dims = 0 if is_lazy(param) else param.dim()
+        types = [self._type_rule(*holder, dims) for holder in self._holders(name)]
+        if found := self.names.match(name, dims):
+            named_only = found.distance > 1 and self._fits(NAMED_ONLY, name)
+            if not named_only:
+                rule = self.config.module_name_configs[found.selector]
+                return rule, found.selector if rule else f"{found.selector!r} is set to None"
+        for selector in filter(None, types):
+            rule = self.config.module_type_configs[selector]
+            return rule, selector if rule else f"{selector!r} is set to None"
+        return self._global(name)
+
+    def _global(self, name: str) -> tuple[Rule | None, str]:
+        rule = self.config.global_config
+        if rule is None:
+            return None, "no rule is for it"
+        if self._fits(SUPPORTED, name, rule.param_name):
+            return rule, "global_config"
+        owner, leaf = next(self._holders(name))
+        return None, f"the global rule is not for {leaf!r} of {type(owner).__name__}"
+
+    def _holders(self, name: str) -> Iterator[tuple[nn.Module, str]]:
+        """Yield the module that owns the parameter, after an attention that reads it through it."""
+        path, _, leaf = name.rpartition(".")
+        above, _, child = path.rpartition(".")
+        if isinstance(self.modules.get(above), nn.MultiheadAttention) and child == "out_proj":
+            yield self.modules[above], f"out_proj_{leaf}"
+        yield self.modules[path], leaf
+
+    def _type_rule(self, owner: nn.Module, leaf: str, dims: int) -> str | None:
+        for cls in type(owner).__mro__:
+            for selector in (type_name(cls), cls.__name__):
+                if selector not in self.config.module_type_configs:
+                    continue
+                rule = self.config.module_type_configs[selector]
+                if self._leaf_fits(owner, leaf, dims, rule):
+                    self.unused_types.discard(selector)
+                    return selector
+        return None
+
+    @staticmethod
+    def _leaf_fits(owner: nn.Module, leaf: str, dims: int, rule: Rule | None) -> bool:
+        if rule is not None and rule.param_name is not None:
+            return fnmatchcase(leaf, rule.param_name)
+        for cls, pattern in {**SUPPORTED, **NAMED_ONLY}.items():
+            if isinstance(owner, cls):
+                return fnmatchcase(leaf, pattern)
+        return is_weight(leaf) and dims >= 2
+
+    def _fits(
+        self, table: Mapping[type[nn.Module], str], name: str, param_name: str | None = None
+    ) -> bool:
+        return any(
+            isinstance(owner, cls) and fnmatchcase(leaf, param_name or pattern)
+            for owner, leaf in self._holders(name)
+            for cls, pattern in table.items()
+        )
+
+    def refuse_unused(self) -> None:
+        """Raise when a selector matched nothing."""
+        refuse_unused(self.names.unused, "module_name_configs", known_names(self.params))
+        kinds = dict.fromkeys(type(module).__name__ for module in self.modules.values())
+        refuse_unused(self.unused_types, "module_type_configs", kinds)
+
+
+def _refuse_unfit(name: str, param: Tensor, selector: str) -> None:
+    if is_lazy(param):
+        raise SelectionError(
+            f"Expected parameters with data; {name!r} is lazy and has none yet. Run one forward "
+            f"pass before you make the Pruner."
+        )
+    if param.is_meta:
+        raise SelectionError(
+            f"Expected parameters with data; {name!r} is on the meta device. Load the model's "
+            f"weights first; purprune.plan works without data."
+        )
+    refuse_integers(name, param, selector)

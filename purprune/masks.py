@@ -1,0 +1,226 @@
+"""Masks: the pure functions that compute, apply and count them.
+
+A mask has its weight's shape and device and dtype bool; True = keep. A parameter without a mask
+is dense. Nothing here changes an argument or reads a global state.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purprune.config import PruneConfig, Rule, as_config
+from purprune.errors import ConfigError, near_misses
+from purprune.patterns import grid_shape, spread, unit_scores
+from purprune.ranking import keep_lowest_out, refuse_nan
+from purprune.scores import ScoreContext
+from purprune.selection import check_params, select
+
+
+@torch.no_grad()
+def compute_masks(
+    params: Mapping[str, Tensor],
+    step: int,
+    cfg: PruneConfig | Rule | Mapping[str, Any],
+    *,
+    prev: Mapping[str, Tensor] | None = None,
+    grads: Mapping[str, Tensor | None] | None = None,
+) -> dict[str, Tensor]:
+    """Return the masks in force at ``step``, one for every parameter that a rule is for.
+
+    In every group exactly ``floor(units * sparsity(step))`` units are pruned: the first by
+    (score, flat index).
+
+    Args:
+        params: flat mapping of dotted names to tensors, as ``dict(model.named_parameters())``.
+        step: the optimizer step, from 0.
+        cfg: a :class:`PruneConfig`, a :class:`Rule` for everything, or a dict.
+        prev: masks so far. What they prune stays pruned while the sparsity does not fall.
+        grads: gradients by name, for scores that need them.
+
+    Returns:
+        Bool masks by name, True = keep; names that no rule is for are absent. A mask may be an
+        expanded view where a unit spans whole dims: clone it before writing into it.
+
+    Raises:
+        NaNError: a weight or score holds NaN; names the parameter and the count.
+        SelectionError: a selector matches nothing, or a parameter can't be pruned.
+        ConfigError: a pattern does not fit a parameter, or ``prev`` does not.
+
+    >>> params = {"fc.weight": torch.tensor([[0.3, -0.2, -0.01, 0.05]])}
+    >>> compute_masks(params, 0, Rule(target_sparsity=0.75))
+    {'fc.weight': tensor([[ True, False, False, False]])}
+    """
+    check_params(params)
+    step = check_step(step)
+    rules = select(as_config(cfg), params).rules
+    before, gradients = dict(prev or {}), dict(grads or {})
+    _refuse_strangers(before, params)
+    return {
+        name: _mask(
+            params[name].detach(),
+            rule,
+            ScoreContext(name, step, gradients.get(name)),
+            before.get(name),
+        )
+        for name, rule in rules.items()
+    }
+
+
+def check_step(step: int) -> int:
+    """Return the step as an int; raise when it is none, or below 0."""
+    try:
+        whole = operator.index(step)
+    except TypeError:
+        raise TypeError(f"Expected step as an int; got {type(step).__name__}.") from None
+    if whole < 0 or isinstance(step, bool):
+        raise ValueError(f"Expected step >= 0; got {step}.")
+    return whole
+
+
+def _mask(weight: Tensor, rule: Rule, context: ScoreContext, prev: Tensor | None) -> Tensor:
+    name, pattern = context.name, rule.pattern
+    if weight.is_meta:
+        raise ConfigError(
+            f"Expected a tensor with data for {name!r}; got a meta tensor. purprune.plan works "
+            f"on meta tensors; masks need values."
+        )
+    block, _ = unit_layout(name, rule, weight.shape)
+    refuse_nan(weight, f"the weight {name!r}")
+    pruned = None if prev is None else _pruned_units(prev, block, weight, name)
+    sparsity = rule.sparsity_at(context.step)
+    if sparsity == 0:  # no score is needed, nor a gradient
+        return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    scores = _scores(weight, rule, context)
+    units = unit_scores(scores, block, pattern.norm)
+    refuse_nan(units, f"the score of {name!r}")
+    keep = keep_lowest_out(units, pattern.group, sparsity, pruned)
+    return spread(keep, block, weight.shape)
+
+
+def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ...], Tensor]:
+    """Return the unit's extents and the unit matrix (without data) of a rule for a tensor.
+
+    Raises:
+        ConfigError: when the rule's pattern does not fit the tensor; names the parameter.
+    """
+    try:
+        block = rule.pattern.unit.block(shape)
+        grid = torch.empty(grid_shape(block, shape), device="meta", dtype=torch.bool)
+        return block, rule.pattern.group.matrix(grid)
+    except ConfigError as error:
+        raise ConfigError(f"{name!r}: {error}") from None
+
+
+def _scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
+    scores = rule.score(weight, context)
+    if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ConfigError(
+            f"Expected scores of shape {tuple(weight.shape)} for {context.name!r}; got {got}."
+        )
+    return scores
+
+
+def _pruned_units(prev: Tensor, block: tuple[int, ...], weight: Tensor, name: str) -> Tensor:
+    """Return which units ``prev`` prunes whole; refuse a mask that cuts through units."""
+    check_mask(name, prev, weight)
+    if all(b == 1 for b in block):
+        return ~prev
+    kept = unit_scores(prev.to(torch.float32), block, "sum")
+    sizes = unit_scores(torch.ones_like(prev, dtype=torch.float32), block, "sum")
+    if bool(((kept > 0) & (kept < sizes)).any()):
+        raise ConfigError(
+            f"Expected prev[{name!r}] to prune whole units of {block}; got one that cuts through "
+            f"units. Start without prev when the pattern changes."
+        )
+    return kept == 0
+
+
+def check_mask(name: str, mask: Tensor, weight: Tensor) -> None:
+    """Raise when a mask is not of dtype bool, or not of the weight's shape."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"Expected a bool mask for {name!r}; got {mask.dtype}. True = keep.")
+    if mask.shape != weight.shape:
+        raise ValueError(
+            f"Expected a mask of shape {tuple(weight.shape)} for {name!r}; got {tuple(mask.shape)}."
+        )
+
+
+def _refuse_strangers(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    for name in masks:
+        if name not in params:
+            raise KeyError(
+                f"Expected masks of known parameters; got {name!r}.{near_misses(name, params)}"
+            )
+
+
+def apply_masks(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``params`` with pruned entries zero; a parameter without a mask is passed through.
+
+    ``out = where(mask, w, 0)``: a pruned inf becomes 0, and the gradient of a pruned entry is 0.
+    Works under ``torch.func`` transforms, ``vmap`` over masks among them.
+
+    >>> apply_masks({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.tensor([True, False])})
+    {'w': tensor([1., 0.]), 'b': tensor([1.])}
+    """
+    check_params(params)
+    _refuse_strangers(masks, params)
+    return {
+        name: _masked(name, weight, masks[name]) if name in masks else weight
+        for name, weight in params.items()
+    }
+
+
+def _masked(name: str, weight: Tensor, mask: Tensor) -> Tensor:
+    check_mask(name, mask, weight)
+    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many entries are zero, of how many."""
+
+    zeros: int
+    entries: int
+
+    @property
+    def fraction(self) -> Fraction:
+        """The sparsity, exactly; 0 for an empty tensor."""
+        return Fraction(self.zeros, self.entries) if self.entries else Fraction(0)
+
+    def __float__(self) -> float:
+        """Return the sparsity as a float."""
+        return float(self.fraction)
+
+    def __str__(self) -> str:
+        """Return for instance ``75 of 108 (69.44 %)``."""
+        return f"{self.zeros:,} of {self.entries:,} ({float(self):.2%})".replace("%", " %")
+
+
+@dataclass(frozen=True)
+class Sparsity(Count):
+    """The count of all masks together, and of each in ``tensors``."""
+
+    tensors: Mapping[str, Count]
+
+
+def sparsity(masks: Mapping[str, Tensor]) -> Sparsity:
+    """Count what masks prune, in integers.
+
+    >>> counted = sparsity({"w": torch.tensor([True, False, False, False])})
+    >>> counted.zeros, counted.entries, float(counted), str(counted.tensors["w"])
+    (3, 4, 0.75, '3 of 4 (75.00 %)')
+    """
+    tensors = {
+        name: Count(mask.numel() - int(torch.count_nonzero(mask)), mask.numel())
+        for name, mask in masks.items()
+    }
+    zeros = sum(c.zeros for c in tensors.values())
+    return Sparsity(zeros, sum(c.entries for c in tensors.values()), tensors)

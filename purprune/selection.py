@@ -1,0 +1,181 @@
+"""Selection: which rule a config has for which parameter, by names alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from purprune.config import PruneConfig, Rule
+from purprune.errors import SelectionError, near_misses
+
+
+class Match(NamedTuple):
+    """The selector that a parameter's name found, and how near: 0 itself, 1 its module, 2 above."""
+
+    selector: str
+    distance: int
+
+
+class Selection(NamedTuple):
+    """The rules by parameter name, and for every other parameter why it stays dense."""
+
+    rules: dict[str, Rule]
+    skipped: dict[str, str]
+
+
+def _paths(name: str) -> Iterator[str]:
+    """Yield the parameter's own name, its module's, and those of the modules above."""
+    yield name
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def is_weight(leaf: str) -> bool:
+    """Tell whether a parameter's last name has the word "weight" in it."""
+    return "weight" in leaf.split("_")  # weight, in_proj_weight, weight_ih_l0
+
+
+class NameMatcher:
+    """Finds the name selector that is for a parameter, and remembers which ones found nothing."""
+
+    def __init__(self, configs: Mapping[str, Rule | None]) -> None:
+        """Take the rules by selector."""
+        self.configs = configs
+        self.globs = [selector for selector in configs if set("*?[") & set(selector)]
+        self.unused = set(configs)
+
+    def match(self, name: str, dims: int) -> Match | None:
+        """Return the selector for a parameter: exact before glob, near before far, new before old.
+
+        A module stands for the weights at and below it: parameters named by ``param_name``, or
+        else those with the word "weight" in their name, below the module itself only of 2 or more
+        dims.
+        """
+        leaf = name.rpartition(".")[2]
+        exact: list[Match] = []
+        globs: list[Match] = []
+        for distance, path in enumerate(_paths(name)):
+            if path in self.configs and self._for(path, leaf, dims, distance):
+                exact.append(Match(path, distance))
+            globs += [
+                Match(selector, distance)
+                for selector in reversed(self.globs)
+                if fnmatchcase(path, selector) and self._for(selector, leaf, dims, distance)
+            ]
+        self.unused.difference_update(m.selector for m in exact + globs)
+        return next(iter(exact + globs), None)
+
+    def _for(self, selector: str, leaf: str, dims: int, distance: int) -> bool:
+        return distance == 0 or _stands_for(self.configs[selector], leaf, dims, distance)
+
+
+def _stands_for(rule: Rule | None, leaf: str, dims: int, distance: int) -> bool:
+    wanted = rule.param_name if rule is not None else None
+    if wanted is not None:
+        return fnmatchcase(leaf, wanted)
+    return is_weight(leaf) and (distance == 1 or dims >= 2)
+
+
+def known_names(params: Iterable[str]) -> list[str]:
+    """Return what a name selector can select: modules, then their parameters."""
+    return list(dict.fromkeys(path for name in params for path in [*_paths(name)][::-1]))
+
+
+def refuse_empty(config: PruneConfig) -> None:
+    """Raise when a config prunes nothing at all."""
+    if not config.rules:
+        raise SelectionError(
+            "Expected a config with at least one rule; got none, so nothing would be pruned. "
+            "Start with PruneConfig().set_global(Rule(0.5))."
+        )
+
+
+def refuse_unused(unused: Iterable[str], kind: str, candidates: Iterable[str]) -> None:
+    """Raise when a selector matched nothing, and say what comes near."""
+    known = list(candidates)
+    lines = [
+        f"Expected {kind} to match something; {selector!r} matches nothing."
+        f"{near_misses(selector, known) or _some(known)}"
+        for selector in sorted(unused)
+    ]
+    if lines:
+        raise SelectionError("\n".join(lines))
+
+
+def _some(known: list[str]) -> str:
+    shown = ", ".join(map(repr, known[:8]))
+    return f" There are {shown}{' and more' if len(known) > 8 else ''}." if known else ""
+
+
+def refuse_integers(name: str, tensor: Tensor, selector: str) -> None:
+    """Raise when a rule is for a parameter that holds no floating-point numbers."""
+    if not tensor.is_floating_point():
+        raise SelectionError(
+            f"Expected a floating-point parameter for {selector!r}; got {name!r} of "
+            f"{tensor.dtype}. Set {name!r} to None to leave it as it is."
+        )
+
+
+def select(config: PruneConfig, params: Mapping[str, Tensor]) -> Selection:
+    """Resolve a config to parameter names; there are no modules here.
+
+    Raises:
+        SelectionError: when a selector matches nothing, a rule is for a parameter without
+            floating-point numbers, or the config has rules by module type.
+    """
+    if config.module_type_configs:
+        raise SelectionError(
+            "Expected rules by name or a global one, since a flat dict of parameters has no "
+            f"modules; got module types {', '.join(config.module_type_configs)}. Resolve them "
+            "with purprune_adapters.resolve(model, config), or use Pruner."
+        )
+    refuse_empty(config)
+    matcher = NameMatcher(config.module_name_configs)
+    rules: dict[str, Rule] = {}
+    skipped: dict[str, str] = {}
+    for name, tensor in params.items():
+        found = matcher.match(name, tensor.dim())
+        rule = config.module_name_configs[found.selector] if found else config.global_config
+        if rule is None:
+            skipped[name] = f"{found.selector!r} is set to None" if found else "no rule is for it"
+        elif found:
+            refuse_integers(name, tensor, found.selector)
+            rules[name] = rule
+        elif reason := _not_global(name, tensor, rule):
+            skipped[name] = reason
+        else:
+            rules[name] = rule
+    refuse_unused(matcher.unused, "module_name_configs", known_names(params))
+    return Selection(rules, skipped)
+
+
+def _not_global(name: str, tensor: Tensor, rule: Rule) -> str | None:
+    """Say why the global rule is not for a parameter."""
+    if not tensor.is_floating_point():
+        return f"{str(tensor.dtype).removeprefix('torch.')}: the global rule is for floats"
+    if tensor.dim() < 2:
+        return f"{tensor.dim()}-D: the global rule is for 2 or more dims"
+    leaf = name.rpartition(".")[2]
+    if rule.param_name is not None and not fnmatchcase(leaf, rule.param_name):
+        return f"param_name is {rule.param_name!r}"
+    return None
+
+
+def check_params(params: Mapping[str, Tensor]) -> None:
+    """Raise when ``params`` is no flat mapping of names to tensors."""
+    if not isinstance(params, Mapping):
+        way_out = " Pass dict(model.named_parameters())." if callable(params) else ""
+        raise TypeError(
+            f"Expected params as a dict of names to tensors; got {type(params).__name__}.{way_out}"
+        )
+    for name, tensor in params.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"Expected dotted names and tensors in params; got {name!r}: "
+                f"{type(tensor).__name__}."
+            )
