@@ -45,8 +45,6 @@ def _group_of(group: Any, unit: Index) -> Any:
 
 
 def _unit_score(scores: list[float], norm: str) -> Any:
-    if len(scores) == 1:
-        return scores[0]
     if any(math.isinf(s) for s in scores):
         return math.inf
     exact = [Fraction(s) for s in scores]
@@ -72,7 +70,12 @@ def prune_oracle(
     mask = torch.ones(shape, dtype=torch.bool)
     for units in groups.values():
         k = math.floor(len(units) * sparsity)
-        ranks = [_unit_score([table[i] for i in members[u]], pattern.norm) for u in units]
+        ranks = [
+            table[members[u][0]]  # a single entry keeps its score, sign and all
+            if math.prod(extent) == 1
+            else _unit_score([table[i] for i in members[u]], pattern.norm)
+            for u in units
+        ]
         order = sorted(range(len(units)), key=lambda i: ranks[i])  # stable
         if prev is not None:
             gone = [not any(bool(prev[i]) for i in members[u]) for u in units]

@@ -40,13 +40,22 @@ def unpack_state(
     step = state["step"]
     if type(step) is not int or step < 0:
         raise ValueError(f"Expected step >= 0 in the pruner state; got {step!r}.")
-    differing = _differences(json.loads(state["config"]), json.loads(json.dumps(config.as_dict())))
+    differing = _differences(_loaded(state["config"]), json.loads(json.dumps(config.as_dict())))
     if differing:
         raise ValueError(
             "Expected the state of a pruner with the same config; these differ (saved, now): "
             + "; ".join(differing)
         )
     return step, _fitting_masks(state["masks"], params, names)
+
+
+def _loaded(config: Any) -> Any:
+    try:
+        return json.loads(config)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "Expected JSON as the config of the pruner state; it is damaged."
+        ) from None
 
 
 def _fitting_masks(

@@ -100,7 +100,7 @@ class _Search:
     def find(self, name: str, param: Tensor) -> tuple[Rule | None, str]:
         """Return the rule and its selector, or None and the reason."""
         dims = 0 if is_lazy(param) else param.dim()
-        types = [self._type_rule(*holder, dims) for holder in self._holders(name)]
+        types = [self._type_selector(*holder, dims) for holder in self._holders(name)]
         if found := self.names.match(name, dims):
             named_only = found.distance > 1 and self._fits(NAMED_ONLY, name)
             if not named_only:
@@ -121,15 +121,18 @@ class _Search:
         return None, f"the global rule is not for {leaf!r} of {type(owner).__name__}"
 
     def _holders(self, name: str) -> Iterator[tuple[nn.Module, str]]:
-        """Yield the module that owns the parameter, after an attention that reads it through it."""
+        """Yield the module that owns the parameter, behind an attention that reads it itself."""
         path, _, leaf = name.rpartition(".")
         above, _, child = path.rpartition(".")
         if isinstance(self.modules.get(above), nn.MultiheadAttention) and child == "out_proj":
             yield self.modules[above], f"out_proj_{leaf}"
         yield self.modules[path], leaf
 
-    def _type_rule(self, owner: nn.Module, leaf: str, dims: int) -> str | None:
+    def _type_selector(self, owner: nn.Module, leaf: str, dims: int) -> str | None:
+        """Return the selector of the nearest class of the owner that has a rule for the leaf."""
         for cls in type(owner).__mro__:
+            if leaf.startswith("out_proj_") and not issubclass(cls, nn.MultiheadAttention):
+                break  # a rule for all modules is no rule for attention
             for selector in (type_name(cls), cls.__name__):
                 if selector not in self.config.module_type_configs:
                     continue

@@ -1,0 +1,198 @@
+"""Configs: validated when built, one dict form with coremltools, every bad key named."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+
+import pytest
+import torch
+
+from purprune import (
+    NM,
+    Block,
+    Channel,
+    ConfigError,
+    ConstantSparsity,
+    Kernel,
+    PolynomialDecay,
+    PruneConfig,
+    Random,
+    Rule,
+    Unstructured,
+)
+from strategies import PATTERNS, SCORES
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_configs_survive_dict_json_and_pickle(pattern, score):
+    """Defends round trips of every pattern and score."""
+    rule = Rule(None, PolynomialDecay([0, 5, 7], 2.5), 0.1, pattern, score, "weight")
+    config = PruneConfig(rule, {"Conv2d": Rule(0.3)}, {"head": None, "a.*": rule})
+    assert PruneConfig.from_dict(config.as_dict()) == config
+    assert PruneConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "pattern"),
+    [
+        ({}, Unstructured()),
+        ({"granularity": "per_scalar"}, Unstructured()),
+        ({"granularity": "per_channel"}, Channel(0)),
+        ({"granularity": "per_channel", "block_size": 2}, Channel(0, size=2)),
+        ({"granularity": "per_kernel"}, Kernel()),
+        ({"granularity": "per_kernel", "block_size": 3}, Kernel(size=3)),
+        ({"block_size": 4}, Block(4)),
+        ({"block_size": [4, 1]}, Block((4, 1))),
+        ({"n_m_ratio": [2, 4]}, NM(zeros=2, m=4)),
+        ({"n_m_ratio": (3, 4), "dim": 0}, NM(zeros=3, m=4, dim=0)),
+    ],
+)
+def test_the_keys_of_coremltools_mean_what_it_documents(keys, pattern):
+    """Defends the shared dict form."""
+    config = PruneConfig.from_dict({"global_config": keys})
+    assert config.rules["global_config"].pattern == pattern
+    assert Rule(**keys).pattern == pattern
+
+
+def test_a_full_dump_of_a_coremltools_config_is_taken_as_it_stands():
+    """Defends dicts that spell out every default, the ignored ones too."""
+    dumped = {
+        "scheduler": {"begin_step": 0},
+        "initial_sparsity": 0.0,
+        "target_sparsity": 0.5,
+        "granularity": "per_scalar",
+        "block_size": 1,
+        "n_m_ratio": None,
+        "dim": 1,
+        "param_name": "weight",
+    }
+    whole = {"global_config": dumped, "module_type_configs": {}, "module_name_configs": {}}
+    assert PruneConfig.from_dict(whole).global_config == Rule(0.5, param_name="weight")
+    nm = {**dumped, "n_m_ratio": [1, 4], "scheduler": {"update_steps": "range(0, 9, 3)"}}
+    rule = PruneConfig.from_dict({"global_config": nm}).global_config
+    assert rule == Rule(schedule=PolynomialDecay([0, 3, 6]), pattern=NM(1, 4), param_name="weight")
+    channel = {**dumped, "granularity": "per_channel"}
+    assert PruneConfig.from_dict({"global_config": channel}).global_config.pattern == Channel(0)
+
+
+def test_yaml_is_read_from_a_path_and_from_a_stream(tmp_path):
+    """Defends the file form."""
+    text = (
+        "global_config: {target_sparsity: 5e-1}\n"
+        "module_type_configs:\n  Conv2d: {target_sparsity: 0.7, granularity: per_kernel}\n"
+        "module_name_configs:\n  head: null\n"
+    )
+    (tmp_path / "config.yaml").write_text(text)
+    expected = PruneConfig(Rule(0.5), {"Conv2d": Rule(0.7, pattern=Kernel())}, {"head": None})
+    assert PruneConfig.from_yaml(tmp_path / "config.yaml") == expected
+    assert PruneConfig.from_yaml(str(tmp_path / "config.yaml")) == expected
+    assert PruneConfig.from_yaml(io.StringIO(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\na: 2\n", "duplicate key"),
+        ("global_config: [", "Expected YAML"),
+        ("- 1\n", "dict of config keys; got list"),
+        ("", "dict of config keys; got NoneType"),
+        ("global_config: {target: 0.5}\n", "unknown key 'target'"),
+    ],
+)
+def test_bad_yaml_raises(text, says):
+    """Defends against a key that is given twice and counts once."""
+    with pytest.raises(ConfigError, match=says):
+        PruneConfig.from_yaml(io.StringIO(text))
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ({"granularty": "per_channel"}, "unknown key 'granularty'. Did you mean 'granularity'?"),
+        ({"target_sparsity": 1.5}, r"target_sparsity: expected a sparsity .* got 1.5"),
+        ({"target_sparsity": float("nan")}, "got nan"),
+        ({"target_sparsity": "0.5"}, "target_sparsity: expected a valid number; got '0.5'"),
+        ({"target_sparsity": True}, "got True"),
+        ({"initial_sparsity": -0.1}, "initial_sparsity"),
+        ({"n_m_ratio": [5, 4]}, "zeros <= m; got zeros=5, m=4"),
+        ({"n_m_ratio": [2, 0]}, "m: expected greater than or equal to 1; got 0"),
+        ({"n_m_ratio": [2, 4], "block_size": 2}, "n_m_ratio alone"),
+        ({"n_m_ratio": [2, 4], "granularity": "per_channel"}, "n_m_ratio alone"),
+        ({"n_m_ratio": [2, 4], "target_sparsity": 0.75}, "beside the pattern's own 1/2"),
+        ({"n_m_ratio": [2.0, 4.0]}, "valid integer"),
+        ({"granularity": "per_layer"}, "per_scalar"),
+        ({"granularity": "per_channel", "dim": 1}, r"pattern=Channel\(dim=...\)"),
+        ({"block_size": 0}, "block extents >= 1"),
+        ({"block_size": 1.5}, "valid integer"),
+        ({"scheduler": {"update_steps": [0.5]}}, "whole update steps"),
+        ({"scheduler": {"begin_step": -1}}, "begin_step"),
+        ({"scheduler": {}, "schedule": {}}, "schedule or scheduler; got both"),
+        ({"scheduler": 3}, "a schedule"),
+        ({"schedule": {"callable": "os:system"}}, "unknown key 'callable'"),
+        ({"score": "magnitud"}, "'magnitude', 'taylor', 'random'"),
+        ({"score": {"kind": "random", "seed": -1}}, "seed"),
+        ({"pattern": {"unit": {"kind": "row"}}}, "unit"),
+        ({"pattern": {}, "block_size": 2}, "pattern or block_size; got both"),
+    ],
+)
+def test_bad_rules_raise_and_say_what_was_expected(rule, says):
+    """Defends against configs that silently do something else."""
+    with pytest.raises(ConfigError, match=says) as caught:
+        PruneConfig.from_dict({"module_name_configs": {"conv1": rule}})
+    assert "module_name_configs.conv1" in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_unknown_top_level_keys_raise():
+    """Defends against a mis-spelt section."""
+    with pytest.raises(ConfigError, match="Did you mean 'global_config'"):
+        PruneConfig.from_dict({"globl_config": {}})
+
+
+def test_setting_a_rule_returns_a_new_config_and_leaves_the_old_one():
+    """Defends configs as values."""
+    empty = PruneConfig()
+    config = empty.set_global(Rule(0.5)).set_module_type(torch.nn.Conv2d, Rule(0.7))
+    config = config.set_module_name("head", None)
+    assert empty == PruneConfig()
+    assert config.rules == {"global_config": Rule(0.5), "torch.nn.Conv2d": Rule(0.7)}
+    assert config == PruneConfig(Rule(0.5), {torch.nn.Conv2d: Rule(0.7)}, {"head": None})
+    with pytest.raises(AttributeError):
+        config.global_config = None
+
+
+def test_callables_are_told_apart_in_dicts_but_not_loaded_from_them():
+    """Defends resume with a user's score, and files against naming code to run."""
+    config = PruneConfig().set_global(Rule(0.5, score=_my_score))
+    plain = config.as_dict()
+    assert plain["global_config"]["score"] == {"callable": f"{__name__}:_my_score"}
+    with pytest.raises(ConfigError, match="score"):
+        PruneConfig.from_dict(plain)
+
+
+def _my_score(weight, context):
+    return weight.abs()
+
+
+def test_the_json_schema_knows_every_key():
+    """Defends editors' completion of YAML files: our keys and coremltools'."""
+    schema = PruneConfig.json_schema()
+    assert set(schema["properties"]) == {
+        "global_config", "module_type_configs", "module_name_configs",
+    }  # fmt: skip
+    rule = schema["$defs"]["Rule"]
+    for key in ("scheduler", "target_sparsity", "granularity", "block_size", "n_m_ratio", "dim"):
+        assert key in rule["properties"]
+    assert rule["additionalProperties"] is False
+    json.dumps(schema)
+
+
+def test_random_seeds_and_defaults():
+    """Defends the documented defaults."""
+    assert Rule() == Rule(None, ConstantSparsity(0), 0.0, Unstructured(), "magnitude")
+    assert Rule().target == 0.5
+    assert Rule(score="random").score == Random(0)
