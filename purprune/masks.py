@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from purprune.config import PruneConfig, Rule, as_config
-from purprune.errors import ConfigError, near_misses
-from purprune.patterns import grid_shape, spread, unit_scores
-from purprune.ranking import keep_lowest_out, refuse_nan
-from purprune.scores import ScoreContext
+from purprune.errors import ConfigError, NaNError, near_misses
+from purprune.patterns import Layout
+from purprune.ranking import keep_all_but_lowest, refuse_nan
+from purprune.scores import Magnitude, ScoreContext
 from purprune.selection import check_params, select
+from purprune.units import grid_shape, is_entry, spread, unit_scores
 
 
 @torch.no_grad()
@@ -85,35 +86,49 @@ def check_step(step: int) -> int:
 
 
 def _mask(weight: Tensor, rule: Rule, context: ScoreContext, prev: Tensor | None) -> Tensor:
-    name, pattern = context.name, rule.pattern
+    name = context.name
     if weight.is_meta:
         raise ConfigError(
             f"Expected a tensor with data for {name!r}; got a meta tensor. purprune.plan works "
             f"on meta tensors; masks need values."
         )
-    block, _ = unit_layout(name, rule, weight.shape)
-    refuse_nan(weight, f"the weight {name!r}")
+    block, layout = unit_layout(name, rule, weight.shape)
     pruned = None if prev is None else _pruned_units(prev, block, weight, name)
     sparsity = rule.sparsity_at(context.step)
     if sparsity == 0:  # no score is needed, nor a gradient
+        refuse_nan(weight, f"the weight {name!r}")
         return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-    scores = _scores(weight, rule, context)
-    units = unit_scores(scores, block, pattern.norm)
-    refuse_nan(units, f"the score of {name!r}")
-    keep = keep_lowest_out(units, pattern.group, sparsity, pruned)
+    try:
+        keep = keep_all_but_lowest(*_ranked(weight, rule, context, block), layout, sparsity, pruned)
+    except NaNError:
+        refuse_nan(weight, f"the weight {name!r}")
+        refuse_nan(_scores(weight, rule, context), f"the score of {name!r}")
+        raise NaNError(f"Expected unit scores that are numbers for {name!r}; got NaN.") from None
     return spread(keep, block, weight.shape)
 
 
-def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ...], Tensor]:
-    """Return the unit's extents and the unit matrix (without data) of a rule for a tensor.
+def _ranked(
+    weight: Tensor, rule: Rule, context: ScoreContext, block: tuple[int, ...]
+) -> tuple[Tensor, bool]:
+    """Return the scores of units, and whether to rank their absolute values.
+
+    Magnitude is ranked, and its norms are summed, from the weight itself: nothing is copied.
+    """
+    if isinstance(rule.score, Magnitude):
+        return unit_scores(weight, block, rule.pattern.norm), is_entry(block)
+    refuse_nan(weight, f"the weight {context.name!r}")  # a score may hide it
+    return unit_scores(_scores(weight, rule, context), block, rule.pattern.norm), False
+
+
+def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ...], Layout]:
+    """Return the unit's extents and how the unit grid of a tensor divides into groups.
 
     Raises:
         ConfigError: when the rule's pattern does not fit the tensor; names the parameter.
     """
     try:
         block = rule.pattern.unit.block(shape)
-        grid = torch.empty(grid_shape(block, shape), device="meta", dtype=torch.bool)
-        return block, rule.pattern.group.matrix(grid)
+        return block, rule.pattern.group.layout(grid_shape(block, shape))
     except ConfigError as error:
         raise ConfigError(f"{name!r}: {error}") from None
 
@@ -131,7 +146,7 @@ def _scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
 def _pruned_units(prev: Tensor, block: tuple[int, ...], weight: Tensor, name: str) -> Tensor:
     """Return which units ``prev`` prunes whole; refuse a mask that cuts through units."""
     check_mask(name, prev, weight)
-    if all(b == 1 for b in block):
+    if is_entry(block):
         return ~prev
     kept = unit_scores(prev.to(torch.float32), block, "sum")
     sizes = unit_scores(torch.ones_like(prev, dtype=torch.float32), block, "sum")

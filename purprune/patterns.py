@@ -10,15 +10,12 @@ of the entries that are there: padding never takes part.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import field
 from fractions import Fraction
 from typing import Annotated, Literal, NamedTuple
 
-import torch
 from pydantic import Discriminator, Field, Tag
-from torch import Tensor
 
 from purprune.errors import ConfigError
 from purprune.values import StrictInt, value
@@ -109,12 +106,24 @@ Unit = Annotated[
 ]
 
 
-class Span(NamedTuple):
-    """Columns ``start`` to ``stop`` of a unit matrix, of which every ``size`` make one group."""
+class Layout(NamedTuple):
+    """How a unit grid divides into groups.
 
-    start: int
-    stop: int
-    size: int
+    With its dims in ``order`` the first ``lead`` of them index rows, and the rest are columns; the
+    columns of each row divide into groups of ``size`` and a tail.
+    """
+
+    order: tuple[int, ...]
+    lead: int
+    size: int | None = None
+    """None: a row is one group."""
+
+    def spans(self, columns: int) -> list[tuple[int, int, int]]:
+        """Return (start, stop, size): of the columns from start to stop, every size are a group."""
+        size = columns if self.size is None else self.size
+        whole = columns - columns % size if size else 0
+        spans = [(0, whole, size), (whole, columns, columns - whole)]
+        return [span for span in spans if span[1] > span[0]]
 
 
 @value
@@ -123,17 +132,9 @@ class TensorGroup:
 
     kind: Literal["tensor"] = field(default="tensor", repr=False, kw_only=True)
 
-    def matrix(self, grid: Tensor) -> Tensor:
-        """Lay the unit grid out in two dims, of which no group crosses the first."""
-        return grid.reshape(1, -1)
-
-    def restore(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
-        """Undo :meth:`matrix`."""
-        return matrix.reshape(tuple(shape))
-
-    def spans(self, columns: int) -> list[Span]:
-        """Return how the columns of the matrix divide into groups."""
-        return [Span(0, columns, columns)] if columns else []
+    def layout(self, shape: Sequence[int]) -> Layout:
+        """Return how a unit grid of this shape divides into groups."""
+        return Layout(tuple(range(len(shape))), lead=0)
 
 
 @value
@@ -143,20 +144,10 @@ class RowGroup:
     dim: StrictInt = 0
     kind: Literal["row"] = field(default="row", repr=False, kw_only=True)
 
-    def matrix(self, grid: Tensor) -> Tensor:
-        """Lay the unit grid out in two dims, of which no group crosses the first."""
-        rows = grid.movedim(_dim(self.dim, grid.shape), 0)
-        return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
-
-    def restore(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
-        """Undo :meth:`matrix`."""
+    def layout(self, shape: Sequence[int]) -> Layout:
+        """Return how a unit grid of this shape divides into groups."""
         at = _dim(self.dim, shape)
-        rows = matrix.reshape([shape[at], *(n for d, n in enumerate(shape) if d != at)])
-        return rows.movedim(0, at).contiguous()
-
-    def spans(self, columns: int) -> list[Span]:
-        """Return how the columns of the matrix divide into groups."""
-        return [Span(0, columns, columns)] if columns else []
+        return Layout((at, *(d for d in range(len(shape)) if d != at)), lead=1)
 
 
 @value
@@ -179,22 +170,11 @@ class EveryGroup:
                 f"2:4 sparsity is NM(zeros=2, m=4)."
             )
 
-    def matrix(self, grid: Tensor) -> Tensor:
-        """Lay the unit grid out in two dims, of which no group crosses the first."""
-        last = grid.movedim(_dim(self.dim, grid.shape), -1)
-        return last.reshape(math.prod(last.shape[:-1]), last.shape[-1])
-
-    def restore(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
-        """Undo :meth:`matrix`."""
+    def layout(self, shape: Sequence[int]) -> Layout:
+        """Return how a unit grid of this shape divides into groups."""
         at = _dim(self.dim, shape)
-        last = matrix.reshape([*(n for d, n in enumerate(shape) if d != at), shape[at]])
-        return last.movedim(-1, at).contiguous()
-
-    def spans(self, columns: int) -> list[Span]:
-        """Return how the columns of the matrix divide into groups."""
-        whole = columns - columns % self.m
-        spans = [Span(0, whole, self.m), Span(whole, columns, columns - whole)]
-        return [span for span in spans if span.stop > span.start]
+        others = tuple(d for d in range(len(shape)) if d != at)
+        return Layout((*others, at), lead=len(others), size=self.m)
 
 
 Group = Annotated[
@@ -281,63 +261,3 @@ def _dim(dim: int, shape: Sequence[int]) -> int:
             f"shape {tuple(shape)}."
         )
     return dim % len(shape)
-
-
-def grid_shape(block: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    """Return how many units there are along each dim, ragged ones included."""
-    return tuple(-(-n // b) for b, n in zip(block, shape, strict=True))
-
-
-def _interleaved(block: Sequence[int], grid: Sequence[int]) -> list[int]:
-    return [n for pair in zip(grid, block, strict=True) for n in pair]
-
-
-def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
-    """Return one score per unit, shaped like the unit grid.
-
-    Sums run in float64 (float32 where the device has none) and always in the same order, a tree
-    of elementwise sums, so that threads, strides and devices change no bit. The L2 norm is left
-    squared: the order is the same, and no rounding makes ties.
-    """
-    if all(b == 1 for b in block):
-        return scores
-    shape, grid = scores.shape, grid_shape(block, scores.shape)
-    wide = torch.float32 if scores.device.type == "mps" else torch.float64
-    terms = scores.to(wide)
-    if norm != "sum":
-        terms = terms.abs() if norm == "l1" else _scaled(terms, scores.dtype).square()
-    padding = [p for b, n, g in zip(block, shape, grid, strict=True) for p in (b * g - n, 0)]
-    if any(padding):  # zeros add nothing to a sum; they never become entries
-        terms = torch.nn.functional.pad(terms, padding[::-1])
-    dims = len(shape)
-    tiles = terms.reshape(_interleaved(block, grid))
-    order = [*range(0, 2 * dims, 2), *range(1, 2 * dims, 2)]
-    return _tree_sum(tiles.permute(order).reshape(math.prod(grid), math.prod(block))).view(grid)
-
-
-def _scaled(terms: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale by a power of two where squares could leave the range of the accumulator."""
-    if terms.dtype != dtype or terms.numel() == 0:
-        return terms  # float64 holds the square of every smaller float
-    largest = torch.where(terms.isfinite(), terms, 0).abs().amax()
-    exponent = -int(torch.frexp(largest).exponent)
-    return terms * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
-
-
-def _tree_sum(terms: Tensor) -> Tensor:
-    """Sum over the last dim by halves; zero terms give zero."""
-    while (n := terms.shape[-1]) > 1:
-        half = n // 2
-        folded = terms[..., :half] + terms[..., half : 2 * half]
-        terms = torch.cat([folded, terms[..., 2 * half :]], dim=-1) if n % 2 else folded
-    return terms.sum(dim=-1)
-
-
-def spread(keep: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Return the unit grid's decisions at every entry; a view where units span whole dims."""
-    grid = grid_shape(block, shape)
-    if all(b == 1 or g <= 1 for b, g in zip(block, grid, strict=True)):
-        return keep.expand(tuple(shape))
-    tiles = keep.reshape([n for g in grid for n in (g, 1)]).expand(_interleaved(block, grid))
-    whole = tiles.reshape([b * g for b, g in zip(block, grid, strict=True)])
-    return whole[tuple(slice(n) for n in shape)].contiguous()

@@ -17,6 +17,7 @@ from purprune.masks import check_step, unit_layout
 from purprune.ranking import count
 from purprune.selection import check_params, select
 from purprune.tables import text_table
+from purprune.units import grid_shape
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,15 @@ def _sparsity(name: str, rule: Rule, step: int | None) -> Fraction:
 
 
 def _planned(name: str, shape: torch.Size, rule: Rule, step: int | None) -> PlannedTensor:
-    sparsity, pattern = _sparsity(name, rule, step), rule.pattern
-    block, matrix = unit_layout(name, rule, shape)
+    sparsity = _sparsity(name, rule, step)
+    block, layout = unit_layout(name, rule, shape)
+    grid = grid_shape(block, shape)
+    columns = math.prod(grid[d] for d in layout.order[layout.lead :])
+    rows = math.prod(grid[d] for d in layout.order[: layout.lead])
     groups = tuple(
-        PlannedGroups(matrix.shape[0] * (stop - start) // size, size, count(size, sparsity))
-        for start, stop, size in pattern.group.spans(matrix.shape[1])
+        PlannedGroups(rows * (stop - start) // size, size, count(size, sparsity))
+        for start, stop, size in layout.spans(columns)
     )
     whole = math.prod(n // b for b, n in zip(block, shape, strict=True))
-    units = matrix.numel()
+    units = math.prod(grid)
     return PlannedTensor(name, tuple(shape), sparsity, block, units, units - whole, groups)

@@ -82,20 +82,25 @@ def test_laws_1_2_and_3_hold_for_every_unit_and_group(data: st.DataObject):
 @given(st.data())
 def test_law_2_every_backend_gives_the_same_masks(data: st.DataObject):
     """Defends the one order: pairs, partition and the sort of other devices agree with argsort."""
-    from purprune import ranking
+    from purprune import selecting
+    from purprune.patterns import Layout
+    from purprune.ranking import _by_selecting, _by_sort
+    from purprune.selecting import KeyMaker, Span
 
     rows = data.draw(st.integers(1, 4))
-    n = data.draw(st.integers(1, 12))
-    k = data.draw(st.integers(1, n))
+    n = data.draw(st.integers(1, 20))
+    k = data.draw(st.integers(0, n))
     drawn = data.draw(st.lists(st.integers(-3, 3), min_size=rows * n, max_size=rows * n))
     keys = torch.tensor(drawn, dtype=torch.int32).view(rows, n)
     order = np.argsort(keys.numpy(), axis=1, kind="stable")[:, :k]
-    expected = np.zeros((rows, n), dtype=bool)
-    np.put_along_axis(expected, order, True, axis=1)
-    assert np.array_equal(ranking._lowest_by_pairs(keys, k), expected)
-    assert np.array_equal(ranking._lowest_by_partition(keys.numpy(), k), expected)
-    assert np.array_equal(ranking._lowest_by_sort(keys, k), expected)
-    assert np.array_equal(ranking._lowest(keys, k), expected)
+    expected = np.ones((rows, n), dtype=bool)
+    np.put_along_axis(expected, order, False, axis=1)
+    layout, spans, make = Layout((0, 1), 1), [Span(0, n, n, k)], KeyMaker(False, None)
+    assert np.array_equal(_by_selecting(keys, layout, spans, None, make), expected)
+    assert np.array_equal(_by_sort(keys, layout, spans, None, make), expected)
+    if 0 < k < n:
+        assert np.array_equal(selecting._by_shifts(keys.numpy(), k), expected)
+        assert np.array_equal(selecting._by_partition(keys.numpy(), k), expected)
 
 
 @given(st.data())

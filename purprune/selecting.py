@@ -1,0 +1,267 @@
+"""Selecting the first k on the CPU, at about the speed of reading the scores.
+
+Fresh memory pages cost more than arithmetic, so keys are made in chunks that stay in the cache, in
+scratch that is used again. Three ways, by the size of a group:
+
+- up to 16 units (N:M): every unit counts how many of its group stand before it, by comparing the
+  keys with themselves shifted by 1 to m - 1;
+- rows: a partition finds the k-th key of each row, and of the ties with it the first ones go;
+- one large group: a sorted sample brackets the k-th key. One pass writes the mask above the
+  bracket and collects the few keys inside; only these are partitioned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+Keys = NDArray[np.signedinteger[Any]]
+Bools = NDArray[np.bool_]
+
+_CHUNK = 1 << 18
+"""Keys that are made at a time."""
+_SMALL_GROUP = 16
+_BRACKET_FROM = 1 << 21
+"""From this many keys on a bracket pays."""
+_SAMPLE = 1 << 15
+_GOLDEN = 0.6180339887498949
+"""Multiples of it modulo 1 fall evenly: a sample without a stride that data could follow."""
+
+
+class NotANumberError(Exception):
+    """A score is NaN."""
+
+
+class Span(NamedTuple):
+    """Of the columns from start to stop, every ``size`` are a group, of which k go."""
+
+    start: int
+    stop: int
+    size: int
+    k: int
+
+
+class KeyMaker(NamedTuple):
+    """Turns bits of scores into keys that order alike, and finds NaN on the way."""
+
+    absolute: bool
+    infinity: int | None
+    """The bits of infinity; None where the scores are integers."""
+
+    def __call__(self, bits: Keys, out: Keys) -> Keys:
+        """Write the keys of ``bits`` to ``out``; the extremes of its type never occur."""
+        if self.infinity is None:
+            np.copyto(out, bits)
+            return np.absolute(out, out=out) if self.absolute else out
+        info = np.iinfo(out.dtype)
+        np.bitwise_and(bits, out.dtype.type(info.max), out=out)
+        if out.size and out.max() > self.infinity:
+            raise NotANumberError
+        if not self.absolute:  # put the sign back, as a two's complement one
+            sign = bits >> (info.bits - 1)
+            np.bitwise_xor(out, sign, out=out)
+            np.subtract(out, sign, out=out)
+        return out
+
+
+def keep_all_but_lowest(
+    bits: Keys, keep: Bools, before: Bools | None, lead: int, spans: Sequence[Span], make: KeyMaker
+) -> None:
+    """Write to ``keep`` which units stay: all but the first k of each group by (key, index).
+
+    Args:
+        bits: scores read as integers; the first ``lead`` dims index rows, no group crosses them.
+        keep: the result, of the same shape; may be a view with any strides.
+        before: units that are pruned already, or None. They go first.
+        lead: 0 means one row, in which ``bits`` and ``keep`` are contiguous.
+        spans: how the columns of a row divide into groups.
+        make: how bits become keys.
+
+    Raises:
+        NotANumberError: a score is NaN.
+    """
+    if lead == 0:
+        bits, keep = bits.reshape(1, -1), keep.reshape(1, -1)
+        before = None if before is None else before.reshape(1, -1)
+        lead = 1
+        if bits.size >= _BRACKET_FROM and _bracketed(bits[0], keep[0], before, spans[0].k, make):
+            return
+    at = max(range(lead), key=bits.shape.__getitem__)
+    rows = max(1, _CHUNK * bits.shape[at] // max(bits.size, 1))
+
+    def select(starts: Sequence[int]) -> None:
+        for start in starts:
+            part = (slice(None),) * at + (slice(start, start + rows),)
+            _select_rows(
+                bits[part], keep[part], None if before is None else before[part], lead, spans, make
+            )
+
+    _in_threads(select, range(0, bits.shape[at], rows), bits.size)
+
+
+def _in_threads(work: Callable[[Sequence[int]], T], starts: range, units: int) -> list[T]:
+    """Share the chunks among threads in order; numpy lets go of the interpreter lock."""
+    workers = min(torch.get_num_threads(), len(starts)) if units > _CHUNK else 1
+    if workers <= 1:
+        return [work(starts)]
+    share = -(-len(starts) // workers)
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, [starts[i : i + share] for i in range(0, len(starts), share)]))
+
+
+def _select_rows(
+    bits: Keys, keep: Bools, before: Bools | None, lead: int, spans: Sequence[Span], make: KeyMaker
+) -> None:
+    keys = make(bits, np.empty(bits.shape, bits.dtype))
+    shape = (math.prod(bits.shape[:lead]), math.prod(bits.shape[lead:]))
+    keys = keys.reshape(shape)
+    gone = None if before is None else before.reshape(shape)
+    stay = np.empty(shape, dtype=np.bool_)
+    for start, stop, size, k in spans:
+        part = keys[:, start:stop].reshape(-1, size)
+        if gone is not None:
+            part = _pruned_first(part, gone[:, start:stop].reshape(-1, size), k)
+        stay[:, start:stop] = _all_but_lowest(part, k).reshape(shape[0], stop - start)
+    keep[...] = stay.reshape(keep.shape)
+
+
+def _pruned_first(keys: Keys, pruned: Bools, k: int) -> Keys:
+    """Put what is pruned below all others; where more than k are, put the others above them."""
+    info = np.iinfo(keys.dtype)
+    fit = np.count_nonzero(pruned, axis=1, keepdims=True) <= k
+    if fit.all():
+        np.copyto(keys, info.min, where=pruned)
+        return keys
+    below = np.where(pruned & fit, keys.dtype.type(info.min), keys)
+    return np.where(~pruned & ~fit, keys.dtype.type(info.max), below)
+
+
+def _all_but_lowest(keys: Keys, k: int) -> Bools:
+    """Mark all but the first k of each row by (key, index)."""
+    size = keys.shape[1]
+    if k <= 0 or k >= size:
+        return np.full(keys.shape, k <= 0)
+    return _by_shifts(keys, k) if size <= _SMALL_GROUP else _by_partition(keys, k)
+
+
+@lru_cache(maxsize=64)
+def _has_right(m: int, shift: int, units: int) -> Bools:
+    """Mark the units that have one of their own group ``shift`` places to the right."""
+    return np.tile(np.arange(m) < m - shift, units // m)
+
+
+def _by_shifts(keys: Keys, k: int) -> Bools:
+    """Count for each unit how many of its group stand before it; of a tie the left one does."""
+    m, units = keys.shape[1], keys.size
+    flat, ahead = keys.reshape(-1), np.zeros(units, dtype=np.uint8)
+    for shift in range(1, m):
+        own = _has_right(m, shift, units)[: units - shift]
+        left_first = flat[:-shift] <= flat[shift:]
+        ahead[:-shift] += (own > left_first).view(np.uint8)  # the right one stands before
+        left_first &= own
+        ahead[shift:] += left_first.view(np.uint8)
+    return (ahead >= k).reshape(keys.shape)
+
+
+def _by_partition(keys: Keys, k: int) -> Bools:
+    """Keep what is above the k-th key of its row, and of the ties with it the last ones."""
+    ordered = keys.copy()
+    ordered.partition(k - 1, axis=1)
+    threshold = ordered[:, k - 1 : k]
+    keep: Bools = keys > threshold
+    surplus = keys.shape[1] - k - np.count_nonzero(keep, axis=1)
+    if rows := np.flatnonzero(surplus).tolist():
+        ties = keys[rows] == threshold[rows]
+        from_right = np.cumsum(ties[:, ::-1], axis=1, dtype=np.int64)[:, ::-1]
+        keep[rows] |= ties & (from_right <= surplus[rows, None])
+    return keep
+
+
+def _bracketed(keys_of: Keys, keep: Bools, before: Bools | None, k: int, make: KeyMaker) -> bool:
+    """Select in one large group with one pass; False where the sample's bracket missed."""
+    n = keys_of.size
+    if k <= 0 or k >= n or (before is not None and np.count_nonzero(before) > k):
+        return False
+    gone = None if before is None else before[0]
+    low, high = _bracket(keys_of, gone, k, make)
+
+    def scan(starts: Sequence[int]) -> list[tuple[Any, Any, Any]]:
+        keys, flags = np.empty(_CHUNK, keys_of.dtype), np.empty(_CHUNK, np.bool_)
+        found: list[tuple[Any, Any, Any]] = []
+        for start in starts:
+            part = _chunk(keys_of, gone, start, make, keys)
+            above = np.greater(part, high, out=keep[start : start + part.size])
+            inside = np.greater_equal(part, low, out=flags[: part.size])
+            np.not_equal(inside, above, out=inside)
+            if low == high:  # all ties: where they are is asked for where they end
+                found.append((np.count_nonzero(above), np.count_nonzero(inside), start))
+            else:
+                at = np.flatnonzero(inside)
+                found.append((np.count_nonzero(above), part[at], at + start))
+        return found
+
+    starts = range(0, n, _CHUNK)
+    found = [row for rows in _in_threads(scan, starts, n) for row in rows]
+    kept = sum(row[0] for row in found)
+    if low == high:
+        need = k - (n - kept - sum(row[1] for row in found))
+        return need >= 0 and _keep_late_ties(keys_of, keep, gone, need, low, found, make)
+    keys, at = (np.concatenate([row[i] for row in found]) for i in (1, 2))
+    need = k - (n - kept - keys.size)
+    if not 0 <= need <= keys.size:
+        return False
+    keep[at[_all_but_lowest(keys.reshape(1, -1), need)[0]]] = True
+    return True
+
+
+def _chunk(bits: Keys, gone: Bools | None, start: int, make: KeyMaker, scratch: Keys) -> Keys:
+    part = bits[start : start + _CHUNK]
+    keys = make(part, scratch[: part.size])
+    if gone is not None:
+        np.copyto(keys, np.iinfo(keys.dtype).min, where=gone[start : start + _CHUNK])
+    return keys
+
+
+def _bracket(bits: Keys, gone: Bools | None, k: int, make: KeyMaker) -> tuple[Any, Any]:
+    """Return two keys between which the k-th lies, but for bad luck (4 sigma)."""
+    at = (np.arange(_SAMPLE) * _GOLDEN % 1.0 * bits.size).astype(np.int64)
+    sample = make(bits[at], np.empty(_SAMPLE, bits.dtype))
+    info = np.iinfo(sample.dtype)
+    if gone is not None:
+        np.copyto(sample, info.min, where=gone[at])
+    sample.sort()
+    share = k / bits.size
+    margin = 4 * math.sqrt(_SAMPLE * share * (1 - share)) + 4
+    first, last = math.floor(share * _SAMPLE - margin), math.ceil(share * _SAMPLE + margin)
+    low = sample[first] if first >= 0 else sample.dtype.type(info.min)
+    high = sample[last] if last < _SAMPLE else sample.dtype.type(info.max)
+    return low, high
+
+
+def _keep_late_ties(
+    bits: Keys,
+    keep: Bools,
+    gone: Bools | None,
+    need: int,
+    tie: Any,
+    found: Sequence[tuple[Any, Any, Any]],
+    make: KeyMaker,
+) -> bool:
+    """Let the first ``need`` ties go and keep the others; False where there are not enough."""
+    scratch = np.empty(_CHUNK, bits.dtype)
+    for _, ties, start in found:
+        if need >= ties:
+            need -= ties
+            continue
+        keys = _chunk(bits, gone, start, make, scratch)
+        keep[start + np.flatnonzero(keys == tie)[need:]] = True
+        need = 0
+    return need == 0

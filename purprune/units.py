@@ -1,0 +1,128 @@
+"""Units: from scores of entries to scores of units, and from units back to entries.
+
+Sums run in float64 (float32 where the device has none) and always in the same order: for each dim
+from the last to the first, halves of the unit are added elementwise until one is left. Threads,
+strides and devices change no bit, since no reduction of a library takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from purprune.patterns import Norm
+
+_CHUNK = 1 << 17
+"""Entries that are reduced at a time on the CPU, so that float64 scratch stays in the cache."""
+
+Array = Any  # numpy's or torch's: the arithmetic below is written once for both
+
+
+def grid_shape(block: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """Return how many units there are along each dim, ragged ones included."""
+    return tuple(-(-n // b) for b, n in zip(block, shape, strict=True))
+
+
+def is_entry(block: Sequence[int]) -> bool:
+    """Tell whether a unit is a single entry, which keeps its score as it is."""
+    return all(b == 1 for b in block)
+
+
+def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
+    """Return one score per unit, shaped like the unit grid.
+
+    The L2 norm is left squared: the order is the same, and no rounding of roots makes ties.
+    """
+    if is_entry(block):
+        return scores
+    grid = grid_shape(block, scores.shape)
+    wide = torch.float32 if scores.device.type == "mps" else torch.float64
+    if scores.numel() == 0:
+        return torch.zeros(grid, dtype=wide, device=scores.device)
+    exponent = _exponent(scores) if norm == "l2" and scores.dtype == wide else 0
+    if scores.device.type != "cpu":
+        reduced: Tensor = _reduced(scores.to(wide), block, norm, exponent)
+        return reduced
+    out = np.empty(grid, np.float64)
+    at = max(range(len(grid)), key=grid.__getitem__)  # many units along it: cut between them
+    step = max(1, _CHUNK * grid[at] // scores.numel())
+    source = (scores.float() if scores.dtype == torch.bfloat16 else scores).detach().numpy()
+
+    def reduce_from(start: int) -> None:
+        entries = slice(start * block[at], (start + step) * block[at])
+        terms = source[(slice(None),) * at + (entries,)].astype(np.float64)
+        into = (slice(None),) * at + (slice(start, start + step),)
+        out[into] = _reduced(terms, block, norm, exponent)
+
+    starts = range(0, grid[at], step)
+    workers = min(torch.get_num_threads(), len(starts))
+    if workers <= 1:
+        for start in starts:
+            reduce_from(start)
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(reduce_from, starts))
+    return torch.from_numpy(out)
+
+
+def _exponent(scores: Tensor) -> int:
+    """Return the power of two by which to scale where a square could leave the accumulator."""
+    largest = torch.where(scores.isfinite(), scores, 0).abs().amax()
+    return -int(torch.frexp(largest).exponent)
+
+
+def _reduced(terms: Array, block: Sequence[int], norm: Norm, exponent: int) -> Array:
+    if norm == "l1":
+        terms = abs(terms)
+    elif norm == "l2":
+        if exponent:  # in two factors, each of which is a float
+            terms = terms * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
+        terms = terms * terms
+    for dim in reversed(range(terms.ndim)):
+        if block[dim] > 1:
+            terms = _sum_units(terms, dim, block[dim])
+    return terms
+
+
+def _sum_units(terms: Array, dim: int, size: int) -> Array:
+    """Sum every ``size`` neighbours along ``dim``; a shorter tail is a sum of its own."""
+    n = terms.shape[dim]
+    whole = n - n % size
+    parts = [
+        _fold(terms[(slice(None),) * dim + (slice(start, stop),)], dim, length)
+        for start, stop, length in ((0, whole, size), (whole, n, n - whole))
+        if stop > start
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, dim) if isinstance(terms, Tensor) else np.concatenate(parts, dim)
+
+
+def _fold(terms: Array, dim: int, size: int) -> Array:
+    """Add halves until one term is left; the odd one is added to the first."""
+    shape = terms.shape
+    terms = terms.reshape(*shape[:dim], shape[dim] // size, size, *shape[dim + 1 :])
+    lead = (slice(None),) * (dim + 1)
+    while (n := terms.shape[dim + 1]) > 1:
+        half = n // 2
+        sums = terms[(*lead, slice(0, half))] + terms[(*lead, slice(half, 2 * half))]
+        if n % 2:
+            sums[(*lead, 0)] += terms[(*lead, n - 1)]
+        terms = sums
+    return terms[(*lead, 0)]
+
+
+def spread(keep: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Return the unit grid's decisions at every entry; a view where units span whole dims."""
+    grid = grid_shape(block, shape)
+    if all(b == 1 or g <= 1 for b, g in zip(block, grid, strict=True)):
+        return keep.expand(tuple(shape))
+    pairs = [n for pair in zip(grid, block, strict=True) for n in pair]
+    tiles = keep.reshape([n for g in grid for n in (g, 1)]).expand(pairs)
+    whole = tiles.reshape([b * g for b, g in zip(block, grid, strict=True)])
+    return whole[tuple(slice(n) for n in shape)].contiguous()

@@ -1,0 +1,122 @@
+"""Selecting without a sort: every way and every border between chunks, against a stable sort."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oracles import prune_oracle
+from purprune import (
+    Block,
+    Channel,
+    Kernel,
+    NaNError,
+    Pattern,
+    Rule,
+    compute_masks,
+    selecting,
+    units,
+)
+from purprune.patterns import Layout
+from purprune.ranking import _by_selecting, _by_sort
+from purprune.selecting import KeyMaker, Span
+from purprune.units import _reduced, unit_scores
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make chunks, samples and brackets so small that small tensors have many."""
+    monkeypatch.setattr(selecting, "_CHUNK", 16)
+    monkeypatch.setattr(selecting, "_BRACKET_FROM", 32)
+    monkeypatch.setattr(selecting, "_SAMPLE", 24)
+    monkeypatch.setattr(units, "_CHUNK", 16)
+
+
+def _expected(keys: np.ndarray, k: int, gone: np.ndarray | None) -> np.ndarray:
+    first = np.zeros(len(keys)) if gone is None else ~gone
+    order = np.lexsort((np.arange(len(keys)), keys, first))
+    keep = np.ones(len(keys), dtype=bool)
+    keep[order[:k]] = False
+    return keep
+
+
+@given(
+    st.lists(st.integers(-60, 60), min_size=1, max_size=12),
+    st.integers(1, 300),
+    st.integers(0, 300),
+    st.randoms(use_true_random=False),
+    st.booleans(),
+)
+def test_one_large_group_is_selected_as_by_a_stable_sort(pool, n, k, rng, with_prev):
+    """Defends the bracket, its ties, its misses and prev, over chunk borders and threads."""
+    keys = np.array([rng.choice(pool) for _ in range(n)], dtype=np.int32)
+    gone = np.array([rng.random() < 0.3 for _ in range(n)]) if with_prev else None
+    k = min(k, n)
+    layout, spans, make = Layout((0,), 0), [Span(0, n, n, k)], KeyMaker(False, None)
+    prev = None if gone is None else torch.from_numpy(gone)
+    got = _by_selecting(torch.from_numpy(keys), layout, spans, prev, make)
+    assert np.array_equal(got, _expected(keys, k, gone))
+    assert torch.equal(got, _by_sort(torch.from_numpy(keys), layout, spans, prev, make))
+
+
+@pytest.mark.parametrize("values", ["constant", "two values", "distinct", "sorted", "mostly zero"])
+@pytest.mark.parametrize("s", [0.1, 0.5, 0.8, 0.99])
+def test_large_groups_of_every_shape_of_data_are_exact(values: str, s: float):
+    """Defends ties that fill the bracket, and data that follows any regular sample."""
+    n = 1000
+    generator = torch.Generator().manual_seed(1)
+    w = {
+        "constant": torch.ones(n),
+        "two values": torch.tensor([1.0, 2.0]).repeat(n // 2),
+        "distinct": torch.randperm(n, generator=generator) - 500.0,
+        "sorted": torch.arange(float(n)),
+        "mostly zero": torch.where(torch.rand(n, generator=generator) < 0.9, 0.0, 1.0),
+    }[values].view(40, 25)
+    expected = prune_oracle(w.abs(), Pattern(), Rule(s).target)
+    assert torch.equal(compute_masks({"w": w}, 0, Rule(s))["w"], expected)
+
+
+def test_the_bracket_really_is_used(monkeypatch: pytest.MonkeyPatch):
+    """Defends the test above: with the partition switched off, brackets alone give the mask."""
+    w = torch.randn(4000, generator=torch.Generator().manual_seed(0)).view(80, 50)
+    expected = compute_masks({"w": w}, 0, Rule(0.8))["w"]
+    monkeypatch.setattr(selecting, "_SAMPLE", 512)
+    monkeypatch.setattr(selecting, "_select_rows", None)
+    assert torch.equal(compute_masks({"w": w}, 0, Rule(0.8))["w"], expected)
+
+
+@pytest.mark.parametrize("position", [0, 17, 999])
+def test_nan_is_found_in_every_chunk(position: int):
+    """Defends the check that runs inside the pass; inf beside it is no NaN."""
+    w = torch.ones(20, 50)
+    w.view(-1)[position] = math.nan
+    w.view(-1)[5] = math.inf
+    for rule in (Rule(0.5), Rule(0.5, pattern=Channel()), Rule(0.5, pattern=Block((2, 3)))):
+        with pytest.raises(NaNError, match="'w'; got 1 NaN of 1000"):
+            compute_masks({"w": w}, 0, rule)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Channel(), Channel(1), Kernel(size=3), Block((4, 1)), Block((3, -1, 2))]
+)
+@pytest.mark.parametrize("norm", ["l2", "l1", "sum"])
+def test_units_reduced_in_chunks_have_the_bits_of_units_reduced_at_once(pattern: Pattern, norm):
+    """Defends sums against chunk borders, ragged tails among them, and against another backend."""
+    w = torch.randn(11, 7, 5, generator=torch.Generator().manual_seed(0))
+    block = pattern.unit.block(w.shape)
+    in_chunks = unit_scores(w, block, norm)
+    at_once = _reduced(w.double(), block, norm, 0)  # torch ops, as on another device
+    assert torch.equal(in_chunks, at_once)
+
+
+def test_float64_norms_are_scaled_and_float32_ones_need_not_be():
+    """Defends squares of 1e-200 and 1e200."""
+    for factor in (2.0**-700, 2.0**700):
+        w = torch.tensor([[3.0, 4.0], [1.0, 1.0], [5.0, 0.0]], dtype=torch.float64) * factor
+        scores = unit_scores(w, (1, 2), "l2")
+        assert scores[0] == scores[2] > scores[1] > 0
