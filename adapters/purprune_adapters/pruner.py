@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -72,6 +72,7 @@ class Pruner:
         selection = resolve_rules(model, self._config)
         self._rules, self._skipped = selection.rules, selection.skipped
         self._model = model
+        self._owners = _owners(model, self._rules)
         self._optimizer = optimizer
         self._mask_gradients = mask_gradients
         self._step = 0
@@ -139,16 +140,18 @@ class Pruner:
                 "Expected prepare(inplace=True) with optimizer=..., which holds the parameters of "
                 "this model; a deepcopy would train without it."
             )
-        model = self._model if inplace else copy.deepcopy(self._model)
         step, masks = self._loaded or (0, None)
         if masks is None:
-            masks = self._compute(model, 0, self._rules, {})
-        self._model, self._step, self._loaded = model, step, None
+            masks = self._compute(0, self._rules, {})
+        if not inplace:
+            self._model = copy.deepcopy(self._model)
+            self._owners = _owners(self._model, self._rules)
+        self._step, self._loaded = step, None
         self._store.masks.update(masks)
         self._install()
         self._apply()
         self._phase = "prepared"
-        return model
+        return self._model
 
     def step(self) -> None:
         """Count one optimizer step: renew the masks where the schedule says so, and apply them.
@@ -163,7 +166,7 @@ class Pruner:
         step = self._step + 1
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:
-            self._store.masks.update(self._compute(self._model, step, due, self._store.masks))
+            self._store.masks.update(self._compute(step, due, self._store.masks))
         self._step = step
         self._apply()
 
@@ -237,14 +240,14 @@ class Pruner:
         """Return a short description."""
         return f"Pruner({len(self._rules)} parameters, {self._phase}, step {self._step})"
 
-    def _params(self, model: nn.Module | None = None) -> dict[str, Tensor]:
-        params = dict((model or self._model).named_parameters())
-        return {name: params[name] for name in self._rules}
+    def _params(self) -> dict[str, Tensor]:
+        """Look the parameters up in their modules: ``load_state_dict(assign=True)`` renews them."""
+        return {name: getattr(owner, leaf) for name, (owner, leaf) in self._owners.items()}
 
     def _compute(
-        self, model: nn.Module, step: int, rules: Mapping[str, Rule], prev: Mapping[str, Tensor]
+        self, step: int, rules: Mapping[str, Rule], prev: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        params = {name: param for name, param in self._params(model).items() if name in rules}
+        params = {name: param for name, param in self._params().items() if name in rules}
         before = {n: self._store.mask_for(n, params[n]) for n in params if n in prev}
         return purprune.compute_masks(
             params,
@@ -297,6 +300,11 @@ class Pruner:
                 f"pruner.step() after each optimizer.step() until it is over.",
                 stacklevel=3,
             )
+
+
+def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
+    paths = {name: name.rpartition(".") for name in names}
+    return {name: (model.get_submodule(path), leaf) for name, (path, _, leaf) in paths.items()}
 
 
 def _zeros(weight: Tensor) -> Count:
