@@ -277,26 +277,31 @@ class PruneConfig:
         return plain
 
     @classmethod
-    def from_yaml(cls, source: str | os.PathLike[str] | IO[str]) -> Self:
+    def from_yaml(cls, source: str | os.PathLike[str] | IO[Any]) -> Self:
         """Read a config from a YAML file or an open text stream.
 
         Raises:
             ConfigError: when the file is no YAML, names a key twice, or holds impossible values.
         """
-        from ruamel.yaml import YAML  # YAML 1.2 that refuses double keys
-        from ruamel.yaml.error import YAMLError
-
-        text = source.read() if hasattr(source, "read") else Path(source).read_text("utf-8")
-        try:
-            loaded = YAML(typ="safe", pure=True).load(io.StringIO(text))
-        except YAMLError as error:
-            raise ConfigError(f"Expected YAML in {source!s}; got an error: {error}") from None
-        return cls.from_dict(loaded)
+        return cls.from_dict(read_yaml(source))
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """Return the JSON schema of the dict and YAML form."""
         return _adapter(cls).json_schema()
+
+
+def read_yaml(source: str | os.PathLike[str] | IO[Any]) -> Any:
+    """Read YAML 1.2 from a file or an open text stream; keys given twice raise."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    text = source.read() if hasattr(source, "read") else Path(source).read_bytes()
+    stream = io.BytesIO(text) if isinstance(text, bytes) else io.StringIO(text)
+    try:
+        return YAML(typ="safe", pure=True).load(stream)
+    except YAMLError as error:
+        raise ConfigError(f"Expected YAML in {source!s}; got an error: {error}") from None
 
 
 def _set(

@@ -43,7 +43,7 @@ def _finding(found: dict[str, Any], title: str, fields: Sequence[str], known: Se
     first, *rest = found["loc"] or ("",)
     if isinstance(first, int) and first < len(fields):
         first = fields[first]
-    path = ".".join(str(part) for part in (title, first, *rest) if part != "")
+    path = ".".join(str(part) for part in (title, first, *rest) if part not in {"", "[key]"})
     kind = found["type"]
     if kind in {"value_error", "assertion_error"}:
         return f"{path}: {found['ctx']['error']}"
@@ -55,5 +55,5 @@ def _finding(found: dict[str, Any], title: str, fields: Sequence[str], known: Se
         return f"{path}: unknown key {key!r}.{near_misses(key, known) or there}"
     if kind in {"missing", "missing_argument"}:
         return f"{path}: expected a value; got none."
-    expected = found["msg"].removeprefix("Input should be ")
-    return f"{path}: expected {expected}; got {found['input']!r}."
+    message = found["msg"].replace("Input should be ", "expected ")
+    return f"{path}: {message}; got {found['input']!r}."

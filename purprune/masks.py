@@ -115,7 +115,8 @@ def _ranked(
     Magnitude is ranked, and its norms are summed, from the weight itself: nothing is copied.
     """
     if isinstance(rule.score, Magnitude):
-        return unit_scores(weight, block, rule.pattern.norm), is_entry(block)
+        norm = "l1" if rule.pattern.norm == "sum" else rule.pattern.norm  # a sum of magnitudes
+        return unit_scores(weight, block, norm), True
     refuse_nan(weight, f"the weight {context.name!r}")  # a score may hide it
     return unit_scores(_scores(weight, rule, context), block, rule.pattern.norm), False
 

@@ -256,9 +256,10 @@ def _kind_of_schedule(schedule: Any) -> str | None:
 
 def callable_as_plain(function: Any) -> dict[str, str]:
     """Name a callable in a dict: enough to compare it, not to load it."""
-    module = getattr(function, "__module__", type(function).__module__)
-    name = getattr(function, "__qualname__", repr(function))
-    return {"callable": f"{module}:{name}"}
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    has_own_repr = kind is not function and kind.__repr__ is not object.__repr__
+    return {"callable": f"{name} {function!r}" if has_own_repr else name}
 
 
 AnyCallable = Annotated[

@@ -5,7 +5,8 @@ scratch that is used again. Three ways, by the size of a group:
 
 - up to 16 units (N:M): every unit counts how many of its group stand before it, by comparing the
   keys with themselves shifted by 1 to m - 1;
-- rows: a partition finds the k-th key of each row, and of the ties with it the first ones go;
+- rows: a partition finds the k-th of each row. Keys of up to 32 bits get their index as lower bits:
+  that is the order itself, and a partition is slow where many keys are equal;
 - one large group: a sorted sample brackets the k-th key. One pass writes the mask above the
   bracket and collects the few keys inside; only these are partitioned.
 """
@@ -29,9 +30,10 @@ Bools = NDArray[np.bool_]
 _CHUNK = 1 << 18
 """Keys that are made at a time."""
 _SMALL_GROUP = 16
-_BRACKET_FROM = 1 << 21
-"""From this many keys on a bracket pays."""
+_BRACKET_FROM = 1 << 15
+"""From this many keys on a bracket pays, and where keys are tied by far."""
 _SAMPLE = 1 << 15
+"""The sample is a 64th of the keys, but not larger than this."""
 _GOLDEN = 0.6180339887498949
 """Multiples of it modulo 1 fall evenly: a sample without a stride that data could follow."""
 
@@ -70,6 +72,15 @@ class KeyMaker(NamedTuple):
             np.bitwise_xor(out, sign, out=out)
             np.subtract(out, sign, out=out)
         return out
+
+    def put_first(self, keys: Keys, pruned: Bools) -> Keys:
+        """Put what is pruned below all else: by the sign bit where it is free, that is faster."""
+        info = np.iinfo(keys.dtype)
+        if self.absolute and self.infinity is not None:
+            sign = np.left_shift(pruned.view(np.int8), info.bits - 1, dtype=keys.dtype)
+            return np.bitwise_or(keys, sign, out=keys)
+        np.copyto(keys, info.min, where=pruned)
+        return keys
 
 
 def keep_all_but_lowest(
@@ -128,18 +139,17 @@ def _select_rows(
     for start, stop, size, k in spans:
         part = keys[:, start:stop].reshape(-1, size)
         if gone is not None:
-            part = _pruned_first(part, gone[:, start:stop].reshape(-1, size), k)
+            part = _pruned_first(part, gone[:, start:stop].reshape(-1, size), k, make)
         stay[:, start:stop] = _all_but_lowest(part, k).reshape(shape[0], stop - start)
     keep[...] = stay.reshape(keep.shape)
 
 
-def _pruned_first(keys: Keys, pruned: Bools, k: int) -> Keys:
+def _pruned_first(keys: Keys, pruned: Bools, k: int, make: KeyMaker) -> Keys:
     """Put what is pruned below all others; where more than k are, put the others above them."""
     info = np.iinfo(keys.dtype)
     fit = np.count_nonzero(pruned, axis=1, keepdims=True) <= k
     if fit.all():
-        np.copyto(keys, info.min, where=pruned)
-        return keys
+        return make.put_first(keys, pruned)
     below = np.where(pruned & fit, keys.dtype.type(info.min), keys)
     return np.where(~pruned & ~fit, keys.dtype.type(info.max), below)
 
@@ -172,6 +182,18 @@ def _by_shifts(keys: Keys, k: int) -> Bools:
 
 
 def _by_partition(keys: Keys, k: int) -> Bools:
+    """Keep what stands behind the k-th of its row."""
+    if keys.itemsize > 4:
+        return _by_partition_and_ties(keys, k)
+    ranked = np.left_shift(keys, 32, dtype=np.int64)
+    ranked |= np.arange(keys.shape[1])
+    ordered = ranked.copy()
+    ordered.partition(k - 1, axis=1)
+    behind: Bools = ranked > ordered[:, k - 1 : k]
+    return behind
+
+
+def _by_partition_and_ties(keys: Keys, k: int) -> Bools:
     """Keep what is above the k-th key of its row, and of the ties with it the last ones."""
     ordered = keys.copy()
     ordered.partition(k - 1, axis=1)
@@ -188,10 +210,17 @@ def _by_partition(keys: Keys, k: int) -> Bools:
 def _bracketed(keys_of: Keys, keep: Bools, before: Bools | None, k: int, make: KeyMaker) -> bool:
     """Select in one large group with one pass; False where the sample's bracket missed."""
     n = keys_of.size
-    if k <= 0 or k >= n or (before is not None and np.count_nonzero(before) > k):
-        return False
     gone = None if before is None else before[0]
-    low, high = _bracket(keys_of, gone, k, make)
+    left = n if gone is None else n - np.count_nonzero(gone)
+    share = (k - (n - left)) / max(left, 1)  # of those that are not pruned yet
+    if share < 0:
+        return False
+    if share in (0, 1):  # nothing to rank, but NaN to find
+        for start in range(0, n, _CHUNK):
+            make(keys_of[start : start + _CHUNK], np.empty(min(_CHUNK, n - start), keys_of.dtype))
+        keep[...] = False if share else True if gone is None else ~gone
+        return True
+    low, high = _bracket(keys_of, gone, share, make)
 
     def scan(starts: Sequence[int]) -> list[tuple[Any, Any, Any]]:
         keys, flags = np.empty(_CHUNK, keys_of.dtype), np.empty(_CHUNK, np.bool_)
@@ -225,24 +254,23 @@ def _bracketed(keys_of: Keys, keep: Bools, before: Bools | None, k: int, make: K
 def _chunk(bits: Keys, gone: Bools | None, start: int, make: KeyMaker, scratch: Keys) -> Keys:
     part = bits[start : start + _CHUNK]
     keys = make(part, scratch[: part.size])
-    if gone is not None:
-        np.copyto(keys, np.iinfo(keys.dtype).min, where=gone[start : start + _CHUNK])
-    return keys
+    return keys if gone is None else make.put_first(keys, gone[start : start + _CHUNK])
 
 
-def _bracket(bits: Keys, gone: Bools | None, k: int, make: KeyMaker) -> tuple[Any, Any]:
-    """Return two keys between which the k-th lies, but for bad luck (4 sigma)."""
-    at = (np.arange(_SAMPLE) * _GOLDEN % 1.0 * bits.size).astype(np.int64)
-    sample = make(bits[at], np.empty(_SAMPLE, bits.dtype))
-    info = np.iinfo(sample.dtype)
+def _bracket(bits: Keys, gone: Bools | None, share: float, make: KeyMaker) -> tuple[Any, Any]:
+    """Return two keys with that share of the unpruned ones below, but for bad luck (4 sigma)."""
+    size = min(max(bits.size // 64, 64), _SAMPLE)
+    at = (np.arange(size) * _GOLDEN % 1.0 * bits.size).astype(np.int64)
     if gone is not None:
-        np.copyto(sample, info.min, where=gone[at])
+        at = at[~gone[at]]
+    sample = make(bits[at], np.empty(at.shape, bits.dtype))
     sample.sort()
-    share = k / bits.size
-    margin = 4 * math.sqrt(_SAMPLE * share * (1 - share)) + 4
-    first, last = math.floor(share * _SAMPLE - margin), math.ceil(share * _SAMPLE + margin)
-    low = sample[first] if first >= 0 else sample.dtype.type(info.min)
-    high = sample[last] if last < _SAMPLE else sample.dtype.type(info.max)
+    info = np.iinfo(sample.dtype)
+    margin = 4 * math.sqrt(at.size * share * (1 - share)) + 4
+    first, last = math.floor(share * at.size - margin), math.ceil(share * at.size + margin)
+    lowest = 0 if make.absolute else info.min + 1  # above everything that is pruned already
+    low = sample[first] if first >= 0 else sample.dtype.type(lowest)
+    high = sample[last] if last < at.size else sample.dtype.type(info.max)
     return low, high
 
 

@@ -77,7 +77,7 @@ sparsities = st.one_of(
 @st.composite
 def patterns_for(draw: st.DrawFn, dims: int) -> Pattern:
     """Draw a pattern that fits a tensor of so many dims."""
-    norm = draw(st.sampled_from(["l2", "l1"]))
+    norm = draw(st.sampled_from(["l2", "l1", "sum"]))
     dim = draw(st.integers(-dims, dims - 1)) if dims else 0
     size = draw(st.integers(1, 3))
     extents = draw(st.lists(st.sampled_from([-1, 1, 2, 3]), min_size=1, max_size=max(dims, 1)))
@@ -100,6 +100,7 @@ PATTERNS = {
     "rows": Pattern(group=RowGroup(0)),
     "channel": Channel(),
     "channel of dim 1, l1": Channel(1, norm="l1"),
+    "channel, sum": Channel(norm="sum"),
     "channel pairs": Channel(size=2),
     "kernel": Kernel(),
     "kernel pairs": Kernel(size=2),

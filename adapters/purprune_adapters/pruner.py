@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import purprune
-from purprune import Count, Plan, PruneConfig, Rule
+from purprune import Count, Plan, PruneConfig, Rule, SelectionError
 from purprune.config import as_config
 from purprune_adapters.checkpoint import pack_state, unpack_state
 from purprune_adapters.hooks import (
@@ -71,6 +71,11 @@ class Pruner:
         self._config = as_config(config)
         selection = resolve_rules(model, self._config)
         self._rules, self._skipped = selection.rules, selection.skipped
+        if bare := [n for n in self._rules if model.get_parameter(n).is_meta]:
+            raise SelectionError(
+                f"Expected parameters with data; {bare[0]!r} is on the meta device. Load the "
+                f"model's weights first; purprune.plan and resolve work without data."
+            )
         self._model = model
         self._owners = _owners(model, self._rules)
         self._optimizer = optimizer
@@ -101,6 +106,12 @@ class Pruner:
     def step_count(self) -> int:
         """How many optimizer steps were counted."""
         return self._step
+
+    @property
+    def last_step(self) -> int | None:
+        """The step from which on all sparsities are the targets; None with a callable schedule."""
+        ends = [rule.last_step for rule in self._rules.values()]
+        return None if None in ends else max(end for end in ends if end is not None)
 
     @property
     def masks(self) -> Mapping[str, Tensor]:

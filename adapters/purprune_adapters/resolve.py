@@ -48,7 +48,7 @@ def resolve(model: nn.Module, config: PruneConfig | Rule | Mapping[str, Any]) ->
 
     Raises:
         SelectionError: a selector matches nothing, a rule is for a parameter without
-            floating-point numbers or data, or tied parameters have different rules.
+            floating-point numbers or a shape, or tied parameters have different rules.
 
     >>> from purprune import PruneConfig, Rule
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
@@ -114,7 +114,7 @@ class _Search:
     def _global(self, name: str) -> tuple[Rule | None, str]:
         rule = self.config.global_config
         if rule is None:
-            return None, "no rule is for it"
+            return None, "no rule is for it; type rules are for weights"
         if self._fits(SUPPORTED, name, rule.param_name):
             return rule, "global_config"
         owner, leaf = next(self._holders(name))
@@ -170,12 +170,7 @@ class _Search:
 def _refuse_unfit(name: str, param: Tensor, selector: str) -> None:
     if is_lazy(param):
         raise SelectionError(
-            f"Expected parameters with data; {name!r} is lazy and has none yet. Run one forward "
-            f"pass before you make the Pruner."
-        )
-    if param.is_meta:
-        raise SelectionError(
-            f"Expected parameters with data; {name!r} is on the meta device. Load the model's "
-            f"weights first; purprune.plan works without data."
+            f"Expected parameters with a shape; {name!r} is lazy and has none yet. Run one "
+            f"forward pass first."
         )
     refuse_integers(name, param, selector)

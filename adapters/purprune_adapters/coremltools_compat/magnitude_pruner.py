@@ -72,7 +72,13 @@ class MagnitudePruner:
 
     @property
     def pruner(self) -> Pruner:
-        """The :class:`purprune_adapters.Pruner` at work: masks, checkpoints, plans."""
+        """The :class:`purprune_adapters.Pruner` at work: masks, checkpoints, plans.
+
+        Raises:
+            RuntimeError: before :meth:`prepare`, which reads the config anew.
+        """
+        if self._phase == "new":
+            raise RuntimeError("Expected prepare() before pruner; call prepare() first.")
         return self._pruner
 
     @property

@@ -180,6 +180,12 @@ class Fold:
         found = self._values[bisect_right(self._steps, step) - 1]
         return self._written.get(found, found)
 
+    def __repr__(self) -> str:
+        """Return what stays the same in another process, by which checkpoints are compared."""
+        kind, config = type(self._config.scheduler), self._config
+        ends = f"{config.initial_sparsity}, {config.target_sparsity}"
+        return f"Fold({kind.__module__}.{kind.__qualname__}, {ends})"
+
     def _ask(self, step: int) -> None:
         scheduler, before = self._config.scheduler, self._values[-1]
         found = scheduler.compute_sparsity(step, prev_sparsity=before, config=self._config)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import IO, Any, Self, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from purprune import ConfigError
+from purprune.config import read_yaml
 from purprune.errors import near_misses, one_line
 from purprune.values import KNOWN_KEYS
 
@@ -91,7 +90,7 @@ class Dictable:
         Raises:
             ConfigError: it is no YAML, names a key twice, or holds impossible values.
         """
-        return cls.from_dict(_read_yaml(yml))
+        return cls.from_dict(read_yaml(yml) or {})
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain dicts and values; module classes as keys and other objects stay."""
@@ -109,16 +108,3 @@ def as_keys(given: Any, title: str) -> dict[str, Any]:
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
         raise ConfigError(f"{title}: expected a dict with texts as keys; got {given!r}.")
     return dict(given)
-
-
-def _read_yaml(source: str | os.PathLike[str] | IO[Any]) -> Any:
-    from ruamel.yaml import YAML  # YAML 1.2 that refuses double keys
-    from ruamel.yaml.error import YAMLError
-
-    text = Path(source).read_bytes() if isinstance(source, str | os.PathLike) else source.read()
-    stream = io.BytesIO(text) if isinstance(text, bytes) else io.StringIO(text)
-    try:
-        loaded = YAML(typ="safe", pure=True).load(stream)
-    except YAMLError as error:
-        raise ConfigError(f"Expected YAML in {source!s}; got an error: {error}") from None
-    return {} if loaded is None else loaded
