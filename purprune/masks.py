@@ -149,14 +149,13 @@ def _pruned_units(prev: Tensor, block: tuple[int, ...], weight: Tensor, name: st
     check_mask(name, prev, weight)
     if is_entry(block):
         return ~prev
-    kept = unit_scores(prev.to(torch.float32), block, "sum")
-    sizes = unit_scores(torch.ones_like(prev, dtype=torch.float32), block, "sum")
-    if bool(((kept > 0) & (kept < sizes)).any()):
+    kept = prev[tuple(slice(None, None, b) for b in block)]  # the first entry of each unit
+    if not torch.equal(spread(kept, block, weight.shape), prev):
         raise ConfigError(
             f"Expected prev[{name!r}] to prune whole units of {block}; got one that cuts through "
             f"units. Start without prev when the pattern changes."
         )
-    return kept == 0
+    return ~kept
 
 
 def check_mask(name: str, mask: Tensor, weight: Tensor) -> None:

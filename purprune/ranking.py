@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +93,8 @@ def _by_selecting(
 ) -> Tensor:
     """Select on the CPU, in the memory of the tensors."""
     bits = bits if layout.lead else bits.contiguous()
-    keep = torch.empty(bits.shape, dtype=torch.bool)
+    # numpy asks for huge pages; the page faults of a fresh mask would cost as much as its making.
+    keep = torch.from_numpy(np.empty(bits.shape, dtype=np.bool_))
     try:
         keep_all_but_lowest_(
             bits.permute(layout.order).numpy(),
