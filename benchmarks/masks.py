@@ -62,7 +62,8 @@ def rule_for(case: str, step: int | None = None) -> Rule:
     pattern = PATTERNS[case]
     if step is not None:
         goal = float(pattern.target or SPARSITY)
-        return Rule(schedule=lambda t: goal - 1e-9 * (t % 2), pattern=pattern)
+        growth = 0.0 if pattern.target else 2e-4
+        return Rule(schedule=lambda t: goal + growth * t + 1e-9 * (t % 2), pattern=pattern)
     return Rule(None if pattern.target else SPARSITY, pattern=pattern)
 
 
@@ -109,7 +110,7 @@ def coremltools_step(case: str, weight: Tensor) -> Work:
     class EveryStep(ct.pruning_scheduler.PruningScheduler):  # type: ignore[name-defined,misc]
         def compute_sparsity(self, step_count: int, prev_sparsity: float, config: Any) -> float:
             goal: float = config.target_sparsity
-            return goal - 1e-9 * (step_count % 2) if case != "2:4" else goal + 1e-9 * step_count
+            return goal + (1e-9 if case == "2:4" else 2e-4) * step_count
 
     module = ct.ModuleMagnitudePrunerConfig(scheduler=EveryStep(), target_sparsity=SPARSITY, **keys)
     pruner = ct.MagnitudePruner(

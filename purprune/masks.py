@@ -93,13 +93,13 @@ def _mask(weight: Tensor, rule: Rule, context: ScoreContext, prev: Tensor | None
             f"on meta tensors; masks need values."
         )
     block, layout = unit_layout(name, rule, weight.shape)
-    pruned = None if prev is None else _pruned_units(prev, block, weight, name)
+    before = None if prev is None else _kept_units(prev, block, weight, name)
     sparsity = rule.sparsity_at(context.step)
     if sparsity == 0:  # no score is needed, nor a gradient
         refuse_nan(weight, f"the weight {name!r}")
         return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     try:
-        keep = keep_all_but_lowest(*_ranked(weight, rule, context, block), layout, sparsity, pruned)
+        keep = keep_all_but_lowest(*_ranked(weight, rule, context, block), layout, sparsity, before)
     except NaNError:
         refuse_nan(weight, f"the weight {name!r}")
         refuse_nan(_scores(weight, rule, context), f"the score of {name!r}")
@@ -114,11 +114,13 @@ def _ranked(
 
     Magnitude is ranked, and its norms are summed, from the weight itself: nothing is copied.
     """
+    norm = rule.pattern.norm
     if isinstance(rule.score, Magnitude):
-        norm = "l1" if rule.pattern.norm == "sum" else rule.pattern.norm  # a sum of magnitudes
-        return unit_scores(weight, block, norm), True
+        # The sum of magnitudes is the L1 norm.
+        return unit_scores(weight, block, "l1" if norm == "sum" else norm), True
     refuse_nan(weight, f"the weight {context.name!r}")  # a score may hide it
-    return unit_scores(_scores(weight, rule, context), block, rule.pattern.norm), False
+    has_sign = is_entry(block) or norm == "sum"
+    return unit_scores(_scores(weight, rule, context), block, norm), not has_sign
 
 
 def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ...], Layout]:
@@ -144,18 +146,18 @@ def _scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
     return scores
 
 
-def _pruned_units(prev: Tensor, block: tuple[int, ...], weight: Tensor, name: str) -> Tensor:
-    """Return which units ``prev`` prunes whole; refuse a mask that cuts through units."""
+def _kept_units(prev: Tensor, block: tuple[int, ...], weight: Tensor, name: str) -> Tensor:
+    """Return which units ``prev`` keeps; refuse a mask that cuts through units."""
     check_mask(name, prev, weight)
     if is_entry(block):
-        return ~prev
+        return prev
     kept = prev[tuple(slice(None, None, b) for b in block)]  # the first entry of each unit
     if not torch.equal(spread(kept, block, weight.shape), prev):
         raise ConfigError(
             f"Expected prev[{name!r}] to prune whole units of {block}; got one that cuts through "
             f"units. Start without prev when the pattern changes."
         )
-    return ~kept
+    return kept
 
 
 def check_mask(name: str, mask: Tensor, weight: Tensor) -> None:

@@ -52,7 +52,7 @@ def keep_all_but_lowest(
     absolute: bool,
     layout: Layout,
     sparsity: Fraction,
-    pruned: Tensor | None = None,
+    prev: Tensor | None = None,
 ) -> Tensor:
     """Return which units to keep: all but the first ``k`` by (score, flat index) in each group.
 
@@ -61,7 +61,7 @@ def keep_all_but_lowest(
         absolute: rank ``|scores|``, without making them.
         layout: how the grid divides into groups.
         sparsity: the fraction of units to prune in every group.
-        pruned: units that are pruned already; they go first, whatever their score.
+        prev: the units kept so far; the others go first, whatever their score.
 
     Returns:
         A bool tensor of the grid's shape and device, True = keep.
@@ -73,7 +73,7 @@ def keep_all_but_lowest(
     columns = math.prod(scores.shape[d] for d in layout.order[layout.lead :])
     spans = [Span(*span, count(span[2], sparsity)) for span in layout.spans(columns)]
     keep = _by_selecting if bits.device.type == "cpu" else _by_sort
-    return keep(bits, layout, spans, pruned, KeyMaker(absolute, infinity))
+    return keep(bits, layout, spans, prev, KeyMaker(absolute, infinity))
 
 
 def _as_integers(scores: Tensor) -> tuple[Tensor, int | None]:
@@ -89,7 +89,7 @@ def _as_integers(scores: Tensor) -> tuple[Tensor, int | None]:
 
 
 def _by_selecting(
-    bits: Tensor, layout: Layout, spans: list[Span], pruned: Tensor | None, make: KeyMaker
+    bits: Tensor, layout: Layout, spans: list[Span], prev: Tensor | None, make: KeyMaker
 ) -> Tensor:
     """Select on the CPU, in the memory of the tensors."""
     bits = bits if layout.lead else bits.contiguous()
@@ -99,7 +99,7 @@ def _by_selecting(
         keep_all_but_lowest_(
             bits.permute(layout.order).numpy(),
             keep.permute(layout.order).numpy(),
-            None if pruned is None else pruned.permute(layout.order).numpy(),
+            None if prev is None else prev.permute(layout.order).numpy(),
             layout.lead,
             spans,
             make,
@@ -110,19 +110,19 @@ def _by_selecting(
 
 
 def _by_sort(
-    bits: Tensor, layout: Layout, spans: list[Span], pruned: Tensor | None, make: KeyMaker
+    bits: Tensor, layout: Layout, spans: list[Span], prev: Tensor | None, make: KeyMaker
 ) -> Tensor:
     """Sort stably with torch ops, for devices that share no memory with numpy."""
     info = torch.iinfo(bits.dtype)
     moved = _keys(bits, make).permute(layout.order)
     rows = math.prod(moved.shape[: layout.lead])
     keys = moved.reshape(rows, moved.numel() // rows if rows else 0)
-    first = None if pruned is None else pruned.permute(layout.order).reshape(keys.shape)
+    kept = None if prev is None else prev.permute(layout.order).reshape(keys.shape)
     gone = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
     for start, stop, size, k in spans:
         part = keys[:, start:stop].reshape(-1, size)
-        if first is not None:
-            went = first[:, start:stop].reshape(-1, size)
+        if kept is not None:
+            went = ~kept[:, start:stop].reshape(-1, size)
             fit = went.sum(dim=1, keepdim=True) <= k
             part = torch.where(went & fit, info.min, torch.where(~went & ~fit, info.max, part))
         lowest = torch.sort(part, dim=1, stable=True).indices[:, :k]

@@ -14,21 +14,20 @@ scratch that is used again. Three ways, by the size of a group:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-T = TypeVar("T")
+from purprune.threads import in_threads
+
 Keys = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
 
-_CHUNK = 1 << 18
-"""Keys that are made at a time."""
+_CHUNK = 1 << 19
+"""Keys that are made at a time: 2 MB of them, so that calls are few and scratch stays cached."""
 _SMALL_GROUP = 16
 _BRACKET_FROM = 1 << 15
 """From this many keys on a bracket pays, and where keys are tied by far."""
@@ -73,10 +72,15 @@ class KeyMaker(NamedTuple):
             np.subtract(out, sign, out=out)
         return out
 
-    def put_first(self, keys: Keys, pruned: Bools) -> Keys:
-        """Put what is pruned below all else: by the sign bit where it is free, that is faster."""
-        info = np.iinfo(keys.dtype)
-        if self.absolute and self.infinity is not None:
+    @property
+    def has_sign_free(self) -> bool:
+        """Whether no key is negative, so that the sign can tell what was pruned before."""
+        return self.absolute and self.infinity is not None
+
+    def put_first(self, keys: Keys, kept: Bools) -> Keys:
+        """Put what was not kept below all else; by the sign it stays in order among itself."""
+        info, pruned = np.iinfo(keys.dtype), ~kept
+        if self.has_sign_free:
             sign = np.left_shift(pruned.view(np.int8), info.bits - 1, dtype=keys.dtype)
             return np.bitwise_or(keys, sign, out=keys)
         np.copyto(keys, info.min, where=pruned)
@@ -84,14 +88,14 @@ class KeyMaker(NamedTuple):
 
 
 def keep_all_but_lowest(
-    bits: Keys, keep: Bools, before: Bools | None, lead: int, spans: Sequence[Span], make: KeyMaker
+    bits: Keys, keep: Bools, prev: Bools | None, lead: int, spans: Sequence[Span], make: KeyMaker
 ) -> None:
     """Write to ``keep`` which units stay: all but the first k of each group by (key, index).
 
     Args:
         bits: scores read as integers; the first ``lead`` dims index rows, no group crosses them.
         keep: the result, of the same shape; may be a view with any strides.
-        before: units that are pruned already, or None. They go first.
+        prev: the result so far, or None. What it does not keep goes first.
         lead: 0 means one row, in which ``bits`` and ``keep`` are contiguous.
         spans: how the columns of a row divide into groups.
         make: how bits become keys.
@@ -101,9 +105,9 @@ def keep_all_but_lowest(
     """
     if lead == 0:
         bits, keep = bits.reshape(1, -1), keep.reshape(1, -1)
-        before = None if before is None else before.reshape(1, -1)
+        prev = None if prev is None else prev.reshape(1, -1)
         lead = 1
-        if bits.size >= _BRACKET_FROM and _bracketed(bits[0], keep[0], before, spans[0].k, make):
+        if bits.size >= _BRACKET_FROM and _bracketed(bits[0], keep[0], prev, spans[0].k, make):
             return
     at = max(range(lead), key=bits.shape.__getitem__)
     rows = max(1, _CHUNK * bits.shape[at] // max(bits.size, 1))
@@ -112,46 +116,38 @@ def keep_all_but_lowest(
         for start in starts:
             part = (slice(None),) * at + (slice(start, start + rows),)
             _select_rows(
-                bits[part], keep[part], None if before is None else before[part], lead, spans, make
+                bits[part], keep[part], None if prev is None else prev[part], lead, spans, make
             )
 
-    _in_threads(select, range(0, bits.shape[at], rows), bits.size)
-
-
-def _in_threads(work: Callable[[Sequence[int]], T], starts: range, units: int) -> list[T]:
-    """Share the chunks among threads in order; numpy lets go of the interpreter lock."""
-    workers = min(torch.get_num_threads(), len(starts)) if units > _CHUNK else 1
-    if workers <= 1:
-        return [work(starts)]
-    share = -(-len(starts) // workers)
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(work, [starts[i : i + share] for i in range(0, len(starts), share)]))
+    in_threads(select, range(0, bits.shape[at], rows))
 
 
 def _select_rows(
-    bits: Keys, keep: Bools, before: Bools | None, lead: int, spans: Sequence[Span], make: KeyMaker
+    bits: Keys, keep: Bools, prev: Bools | None, lead: int, spans: Sequence[Span], make: KeyMaker
 ) -> None:
     keys = make(bits, np.empty(bits.shape, bits.dtype))
     shape = (math.prod(bits.shape[:lead]), math.prod(bits.shape[lead:]))
     keys = keys.reshape(shape)
-    gone = None if before is None else before.reshape(shape)
+    kept = None if prev is None else prev.reshape(shape)
     stay = np.empty(shape, dtype=np.bool_)
     for start, stop, size, k in spans:
         part = keys[:, start:stop].reshape(-1, size)
-        if gone is not None:
-            part = _pruned_first(part, gone[:, start:stop].reshape(-1, size), k, make)
+        if kept is not None:
+            part = _pruned_first(part, kept[:, start:stop].reshape(-1, size), k, make)
         stay[:, start:stop] = _all_but_lowest(part, k).reshape(shape[0], stop - start)
     keep[...] = stay.reshape(keep.shape)
 
 
-def _pruned_first(keys: Keys, pruned: Bools, k: int, make: KeyMaker) -> Keys:
+def _pruned_first(keys: Keys, kept: Bools, k: int, make: KeyMaker) -> Keys:
     """Put what is pruned below all others; where more than k are, put the others above them."""
+    if make.has_sign_free:
+        return make.put_first(keys, kept)
     info = np.iinfo(keys.dtype)
-    fit = np.count_nonzero(pruned, axis=1, keepdims=True) <= k
+    fit = np.count_nonzero(kept, axis=1, keepdims=True) >= keys.shape[1] - k
     if fit.all():
-        return make.put_first(keys, pruned)
-    below = np.where(pruned & fit, keys.dtype.type(info.min), keys)
-    return np.where(~pruned & ~fit, keys.dtype.type(info.max), below)
+        return make.put_first(keys, kept)
+    below = np.where(~kept & fit, keys.dtype.type(info.min), keys)
+    return np.where(kept & ~fit, keys.dtype.type(info.max), below)
 
 
 def _all_but_lowest(keys: Keys, k: int) -> Bools:
@@ -207,26 +203,26 @@ def _by_partition_and_ties(keys: Keys, k: int) -> Bools:
     return keep
 
 
-def _bracketed(keys_of: Keys, keep: Bools, before: Bools | None, k: int, make: KeyMaker) -> bool:
+def _bracketed(bits: Keys, keep: Bools, prev: Bools | None, k: int, make: KeyMaker) -> bool:
     """Select in one large group with one pass; False where the sample's bracket missed."""
-    n = keys_of.size
-    gone = None if before is None else before[0]
-    left = n if gone is None else n - np.count_nonzero(gone)
+    n = bits.size
+    kept = None if prev is None else prev[0]
+    left = n if kept is None else np.count_nonzero(kept)
     share = (k - (n - left)) / max(left, 1)  # of those that are not pruned yet
     if share < 0:
         return False
     if share in (0, 1):  # nothing to rank, but NaN to find
         for start in range(0, n, _CHUNK):
-            make(keys_of[start : start + _CHUNK], np.empty(min(_CHUNK, n - start), keys_of.dtype))
-        keep[...] = False if share else True if gone is None else ~gone
+            make(bits[start : start + _CHUNK], np.empty(min(_CHUNK, n - start), bits.dtype))
+        keep[...] = False if share else True if kept is None else kept
         return True
-    low, high = _bracket(keys_of, gone, share, make)
+    low, high = _bracket(bits, kept, share, make)
 
     def scan(starts: Sequence[int]) -> list[tuple[Any, Any, Any]]:
-        keys, flags = np.empty(_CHUNK, keys_of.dtype), np.empty(_CHUNK, np.bool_)
+        keys, flags = np.empty(_CHUNK, bits.dtype), np.empty(_CHUNK, np.bool_)
         found: list[tuple[Any, Any, Any]] = []
         for start in starts:
-            part = _chunk(keys_of, gone, start, make, keys)
+            part = _chunk(bits, kept, start, make, keys)
             above = np.greater(part, high, out=keep[start : start + part.size])
             inside = np.greater_equal(part, low, out=flags[: part.size])
             np.not_equal(inside, above, out=inside)
@@ -238,31 +234,31 @@ def _bracketed(keys_of: Keys, keep: Bools, before: Bools | None, k: int, make: K
         return found
 
     starts = range(0, n, _CHUNK)
-    found = [row for rows in _in_threads(scan, starts, n) for row in rows]
-    kept = sum(row[0] for row in found)
+    found = [row for rows in in_threads(scan, starts) for row in rows]
+    above_all = sum(row[0] for row in found)
     if low == high:
-        need = k - (n - kept - sum(row[1] for row in found))
-        return need >= 0 and _keep_late_ties(keys_of, keep, gone, need, low, found, make)
+        need = k - (n - above_all - sum(row[1] for row in found))
+        return need >= 0 and _keep_late_ties(bits, keep, kept, need, low, found, make)
     keys, at = (np.concatenate([row[i] for row in found]) for i in (1, 2))
-    need = k - (n - kept - keys.size)
+    need = k - (n - above_all - keys.size)
     if not 0 <= need <= keys.size:
         return False
     keep[at[_all_but_lowest(keys.reshape(1, -1), need)[0]]] = True
     return True
 
 
-def _chunk(bits: Keys, gone: Bools | None, start: int, make: KeyMaker, scratch: Keys) -> Keys:
+def _chunk(bits: Keys, kept: Bools | None, start: int, make: KeyMaker, scratch: Keys) -> Keys:
     part = bits[start : start + _CHUNK]
     keys = make(part, scratch[: part.size])
-    return keys if gone is None else make.put_first(keys, gone[start : start + _CHUNK])
+    return keys if kept is None else make.put_first(keys, kept[start : start + _CHUNK])
 
 
-def _bracket(bits: Keys, gone: Bools | None, share: float, make: KeyMaker) -> tuple[Any, Any]:
+def _bracket(bits: Keys, kept: Bools | None, share: float, make: KeyMaker) -> tuple[Any, Any]:
     """Return two keys with that share of the unpruned ones below, but for bad luck (4 sigma)."""
     size = min(max(bits.size // 64, 64), _SAMPLE)
     at = (np.arange(size) * _GOLDEN % 1.0 * bits.size).astype(np.int64)
-    if gone is not None:
-        at = at[~gone[at]]
+    if kept is not None:
+        at = at[kept[at]]
     sample = make(bits[at], np.empty(at.shape, bits.dtype))
     sample.sort()
     info = np.iinfo(sample.dtype)
@@ -277,7 +273,7 @@ def _bracket(bits: Keys, gone: Bools | None, share: float, make: KeyMaker) -> tu
 def _keep_late_ties(
     bits: Keys,
     keep: Bools,
-    gone: Bools | None,
+    kept: Bools | None,
     need: int,
     tie: Any,
     found: Sequence[tuple[Any, Any, Any]],
@@ -289,7 +285,7 @@ def _keep_late_ties(
         if need >= ties:
             need -= ties
             continue
-        keys = _chunk(bits, gone, start, make, scratch)
+        keys = _chunk(bits, kept, start, make, scratch)
         keep[start + np.flatnonzero(keys == tie)[need:]] = True
         need = 0
     return need == 0

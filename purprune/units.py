@@ -8,7 +8,6 @@ strides and devices change no bit, since no reduction of a library takes part.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from purprune.patterns import Norm
+from purprune.threads import in_threads
 
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 """Entries that are reduced at a time on the CPU, so that float64 scratch stays in the cache."""
 
 Array = Any  # numpy's or torch's: the arithmetic below is written once for both
@@ -46,27 +46,23 @@ def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
         return torch.zeros(grid, dtype=wide, device=scores.device)
     exponent = _exponent(scores) if norm == "l2" and scores.dtype == wide else 0
     if scores.device.type != "cpu":
-        reduced: Tensor = _reduced(scores.to(wide), block, norm, exponent)
+        reduced: Tensor = _reduced(scores.to(wide, copy=True), block, norm, exponent)
         return reduced
     out = np.empty(grid, np.float64)
-    at = max(range(len(grid)), key=grid.__getitem__)  # many units along it: cut between them
-    step = max(1, _CHUNK * grid[at] // scores.numel())
+    chunks = -(-scores.numel() // _CHUNK)
+    # Cut between units: along the first dim with enough of them, which keeps rows whole.
+    at = next((d for d, n in enumerate(grid) if n >= chunks), grid.index(max(grid)))
+    step = -(-grid[at] // chunks)
     source = (scores.float() if scores.dtype == torch.bfloat16 else scores).detach().numpy()
 
-    def reduce_from(start: int) -> None:
-        entries = slice(start * block[at], (start + step) * block[at])
-        terms = source[(slice(None),) * at + (entries,)].astype(np.float64)
-        into = (slice(None),) * at + (slice(start, start + step),)
-        out[into] = _reduced(terms, block, norm, exponent)
-
-    starts = range(0, grid[at], step)
-    workers = min(torch.get_num_threads(), len(starts))
-    if workers <= 1:
+    def reduce(starts: Sequence[int]) -> None:
         for start in starts:
-            reduce_from(start)
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(reduce_from, starts))
+            entries = slice(start * block[at], (start + step) * block[at])
+            terms = source[(slice(None),) * at + (entries,)].astype(np.float64)
+            into = (slice(None),) * at + (slice(start, start + step),)
+            out[into] = _reduced(terms, block, norm, exponent)
+
+    in_threads(reduce, range(0, grid[at], step))
     return torch.from_numpy(out)
 
 
@@ -77,12 +73,14 @@ def _exponent(scores: Tensor) -> int:
 
 
 def _reduced(terms: Array, block: Sequence[int], norm: Norm, exponent: int) -> Array:
+    """Reduce fresh terms, which are overwritten."""
     if norm == "l1":
         terms = abs(terms)
     elif norm == "l2":
         if exponent:  # in two factors, each of which is a float
-            terms = terms * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
-        terms = terms * terms
+            terms *= 2.0 ** (exponent // 2)
+            terms *= 2.0 ** (exponent - exponent // 2)
+        terms *= terms
     for dim in reversed(range(terms.ndim)):
         if block[dim] > 1:
             terms = _sum_units(terms, dim, block[dim])
@@ -123,6 +121,10 @@ def spread(keep: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
     if all(b == 1 or g <= 1 for b, g in zip(block, grid, strict=True)):
         return keep.expand(tuple(shape))
     pairs = [n for pair in zip(grid, block, strict=True) for n in pair]
-    tiles = keep.reshape([n for g in grid for n in (g, 1)]).expand(pairs)
-    whole = tiles.reshape([b * g for b, g in zip(block, grid, strict=True)])
-    return whole[tuple(slice(n) for n in shape)].contiguous()
+    single = [n for g in grid for n in (g, 1)]
+    whole = [b * g for b, g in zip(block, grid, strict=True)]
+    cut = tuple(slice(n) for n in shape)
+    if keep.device.type == "cpu":  # numpy asks for huge pages
+        tiles = np.broadcast_to(keep.numpy().reshape(single), pairs)
+        return torch.from_numpy(np.ascontiguousarray(tiles.reshape(whole)[cut]))
+    return keep.reshape(single).expand(pairs).reshape(whole)[cut].contiguous()

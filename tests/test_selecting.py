@@ -58,7 +58,7 @@ def test_one_large_group_is_selected_as_by_a_stable_sort(pool, n, k, rng, with_p
     gone = np.array([rng.random() < 0.3 for _ in range(n)]) if with_prev else None
     k = min(k, n)
     layout, spans, make = Layout((0,), 0), [Span(0, n, n, k)], KeyMaker(False, None)
-    prev = None if gone is None else torch.from_numpy(gone)
+    prev = None if gone is None else torch.from_numpy(~gone)
     got = _by_selecting(torch.from_numpy(keys), layout, spans, prev, make)
     assert np.array_equal(got, _expected(keys, k, gone))
     assert torch.equal(got, _by_sort(torch.from_numpy(keys), layout, spans, prev, make))
