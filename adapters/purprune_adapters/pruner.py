@@ -179,7 +179,8 @@ class Pruner:
         if due:
             self._store.masks.update(self._compute(step, due, self._store.masks))
         self._step = step
-        self._apply()
+        # An attached optimizer left everything masked; what nobody wrote to since is not read.
+        self._apply(only_changed=not due and self._optimizer is not None)
 
     def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
         """Return a model with the zeros baked in and no trace of pruning.
@@ -268,9 +269,10 @@ class Pruner:
             grads={name: param.grad for name, param in params.items()},
         )
 
-    def _apply(self) -> None:
+    def _apply(self, only_changed: bool = False) -> None:
+        apply = self._store.apply_if_changed_ if only_changed else self._store.apply_
         for name, param in self._params().items():
-            self._store.apply_(name, param)
+            apply(name, param)
 
     def _install(self) -> None:
         add_forward_hooks(self._model, self._store, self._rules)

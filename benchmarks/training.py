@@ -1,0 +1,210 @@
+"""A training step with masks against the dense step, and against peers, in alternating rounds.
+
+    python benchmarks/training.py                   # the three networks, eager
+    python benchmarks/training.py --net mlp --rounds 15
+
+Every contender trains a network of its own from the same weights. The pruner's schedule is over
+before anything is timed: what is left is what every step pays (hooks, gradients, zeros in place).
+glibc's trim threshold is raised first, since the allocator giving memory back and asking for it
+again moves small networks' times more than masks do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from masks import environment, quiet
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from purprune import Rule
+from purprune_adapters import Pruner
+
+SPARSITY = 0.8
+
+
+def mlp() -> tuple[nn.Module, Tensor, Any]:
+    """Return three Linear(2048, 2048), batch 64, SGD."""
+    layers = [layer for _ in range(3) for layer in (nn.Linear(2048, 2048), nn.ReLU())]
+    return nn.Sequential(*layers), torch.randn(64, 2048), lambda p: torch.optim.SGD(p, 1e-3)
+
+
+def mnist() -> tuple[nn.Module, Tensor, Any]:
+    """Return the network of the demo, batch 128, Adam."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding="same"), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(2352, 10), nn.LogSoftmax(1),
+    )  # fmt: skip
+    return net, torch.randn(128, 1, 28, 28), lambda p: torch.optim.Adam(p, eps=1e-7)
+
+
+def transformer() -> tuple[nn.Module, Tensor, Any]:
+    """Return one encoder layer of width 256, batch 16 of 64 tokens, AdamW."""
+    net = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+    return net, torch.randn(16, 64, 256), torch.optim.AdamW
+
+
+NETS = {"mlp": mlp, "mnist": mnist, "transformer": transformer}
+
+
+class Mask(nn.Module):
+    """A parametrization that multiplies by a float mask."""
+
+    def __init__(self, mask: Tensor) -> None:
+        """Keep the mask as a buffer."""
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the masked weight."""
+        return weight * self.mask
+
+
+def _layers(net: nn.Module) -> list[nn.Module]:
+    kinds = (nn.Linear, nn.Conv2d)
+    return [m for m in net.modules() if type(m) in kinds]
+
+
+def with_pruner(attach: bool) -> Callable[[nn.Module, Any], Callable[[], None]]:
+    """Our pruner, with or without the optimizer."""
+
+    def prepare(net: nn.Module, optimizer: Any) -> Callable[[], None]:
+        pruner = Pruner(net, Rule(SPARSITY), optimizer=optimizer if attach else None)
+        pruner.prepare(inplace=True)
+        return pruner.step
+
+    return prepare
+
+
+def with_coremltools(net: nn.Module, optimizer: Any) -> Callable[[], None]:
+    """coremltools' pruner."""
+    with quiet():
+        from coremltools.optimize.torch import pruning as ct
+    module = ct.ModuleMagnitudePrunerConfig(target_sparsity=SPARSITY, initial_sparsity=SPARSITY)
+    types = dict.fromkeys({type(layer) for layer in _layers(net)}, module)
+    pruner = ct.MagnitudePruner(net, ct.MagnitudePrunerConfig(module_type_configs=types))
+    pruner.prepare(inplace=True)
+    return pruner.step
+
+
+def with_torch_prune(net: nn.Module, optimizer: Any) -> Callable[[], None]:
+    """torch.nn.utils.prune."""
+    for layer in _layers(net):
+        prune.l1_unstructured(layer, "weight", SPARSITY)
+    return lambda: None
+
+
+def with_parametrize(net: nn.Module, optimizer: Any) -> Callable[[], None]:
+    """torch.nn.utils.parametrize with a float mask."""
+    for layer in _layers(net):
+        keep = layer.weight.detach().abs()
+        mask = (keep > keep.flatten().kthvalue(int(keep.numel() * SPARSITY)).values).float()
+        parametrize.register_parametrization(layer, "weight", Mask(mask))
+    return lambda: None
+
+
+CONTENDERS: dict[str, Callable[[nn.Module, Any], Callable[[], None]]] = {
+    "dense": lambda net, optimizer: lambda: None,
+    "purprune": with_pruner(attach=False),
+    "purprune, optimizer attached": with_pruner(attach=True),
+    "coremltools": with_coremltools,
+    "torch.nn.utils.prune": with_torch_prune,
+    "parametrize, float mask": with_parametrize,
+}
+
+
+def step_of(name: str, net_name: str, compiled: bool) -> Callable[[], None]:
+    """Return one training step of a contender."""
+    torch.manual_seed(0)
+    net, x, make = NETS[net_name]()
+    net.train()
+    in_place = name.startswith(("dense", "purprune"))
+    optimizer = make(net.parameters()) if in_place else None
+    after = CONTENDERS[name](net, optimizer)
+    optimizer = optimizer or make(net.parameters())
+    call: Any = torch.compile(net) if compiled else net
+
+    def step() -> None:
+        optimizer.zero_grad()
+        call(x).square().mean().backward()
+        optimizer.step()
+        after()
+
+    return step
+
+
+def run(net: str, rounds: int, inner: int, compiled: bool) -> list[dict[str, Any]]:
+    """Time all contenders in alternating rounds of several steps."""
+    names = [n for n in CONTENDERS if not compiled or n.startswith(("dense", "purprune"))]
+    steps = {name: step_of(name, net, compiled) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            for _ in range(inner):
+                step()
+            times[name].append(1e3 * (time.perf_counter() - start) / inner)
+    rows = []
+    for name in names:
+        ratios = sorted(a / b for a, b in zip(times[name], times["dense"], strict=True))
+        rows.append(
+            {
+                "net": net,
+                "mode": "compile" if compiled else "eager",
+                "contender": name,
+                "median_ms": statistics.median(times[name]),
+                "ratio": statistics.median(ratios),
+                "ratio_min": ratios[0],
+                "ratio_max": ratios[-1],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Run the networks that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--net", choices=list(NETS), action="append")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    args = parser.parse_args()
+    try:
+        ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    except OSError:
+        print("no glibc here: the allocator's trimming is as it is")
+    console = Console(width=120)
+    where = environment()
+    console.print(where)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for net in args.net or list(NETS):
+        rows += run(net, args.rounds, 3 if net == "mlp" else 30, args.compile)
+    with (args.out / "training.jsonl").open("w") as file:
+        file.writelines(json.dumps({**where, **row}) + "\n" for row in rows)
+    table = Table(title="one training step against the dense one, round by round")
+    for head in ("net", "mode", "contender", "median ms", "x dense", "min to max"):
+        table.add_column(head, justify="right" if head[0] in "xm" and head != "mode" else "left")
+    for row in rows:
+        table.add_row(
+            row["net"], row["mode"], row["contender"], f"{row['median_ms']:.3g}",
+            f"{row['ratio']:.3f}", f"{row['ratio_min']:.3f} to {row['ratio_max']:.3f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
