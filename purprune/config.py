@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any, Literal, Self, cast
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     GetJsonSchemaHandler,
     TypeAdapter,
@@ -27,7 +28,7 @@ from purprune.errors import ConfigError, one_line
 from purprune.patterns import NM, Block, Channel, Kernel, Pattern, Unstructured
 from purprune.schedules import ConstantSparsity, Ramp, Schedule
 from purprune.scores import Magnitude, Score
-from purprune.values import KNOWN_KEYS, SparsityValue, StrictInt, exact, value
+from purprune.values import KNOWN_KEYS, FrozenDict, SparsityValue, StrictInt, exact, value
 
 DEFAULT_TARGET = 0.5
 """The target of a rule that names none; coremltools documents the same."""
@@ -81,11 +82,11 @@ def _fold_coremltools_keys(keys: dict[str, Any]) -> dict[str, Any]:
         return keys
     if "pattern" in keys:
         raise ValueError(f"expected pattern or {', '.join(flat)}; got both.")
-    if flat.get("granularity") == "per_channel" and flat.get("dim", 0) and "n_m_ratio" not in flat:
+    if flat.get("dim") and "n_m_ratio" not in flat:
         raise ValueError(
-            "expected dim with n_m_ratio only, as coremltools documents it; got dim="
-            f"{flat['dim']} with granularity='per_channel'. For channels along another dim give "
-            "pattern=Channel(dim=...), in a dict {'unit': {'kind': 'channel', 'dim': ...}}."
+            f"expected dim with n_m_ratio only, as coremltools documents it; got dim={flat['dim']} "
+            "without. For channels along another dim give pattern=Channel(dim=...), in a dict "
+            "{'unit': {'kind': 'channel', 'dim': ...}}."
         )
     if flat.get("n_m_ratio") is not None and keys.get("target_sparsity") == DEFAULT_TARGET:
         del keys["target_sparsity"]  # coremltools writes its default here and ignores it
@@ -158,12 +159,15 @@ class Rule:
     def sparsity_at(self, step: int) -> Fraction:
         """Return the sparsity in force at ``step``, exactly."""
         if isinstance(self.schedule, Ramp):
-            return self.schedule.between(step, exact(self.initial_sparsity), self.target)
-        found = self.schedule(step)
-        sparsity = exact(found)
-        if not 0 <= sparsity <= 1:
-            raise ConfigError(f"Expected the schedule at step {step} in [0, 1]; got {found!r}.")
-        return sparsity
+            found = self.schedule.between(step, exact(self.initial_sparsity), self.target)
+        else:
+            found = exact(self.schedule(step))
+        if not 0 <= found <= 1:
+            raise ConfigError(
+                f"Expected the sparsity of the schedule at step {step} in [0, 1]; "
+                f"got {float(found):g}."
+            )
+        return found
 
     def changes_at(self, step: int) -> bool:
         """Tell whether masks are computed anew at ``step``."""
@@ -224,10 +228,12 @@ class PruneConfig:
     """
 
     global_config: Rule | None = None
-    module_type_configs: Annotated[Mapping[str, Rule | None], BeforeValidator(_with_type_names)] = (
-        field(default_factory=dict)
+    module_type_configs: Annotated[
+        Mapping[str, Rule | None], BeforeValidator(_with_type_names), AfterValidator(FrozenDict)
+    ] = field(default_factory=dict)
+    module_name_configs: Annotated[Mapping[str, Rule | None], AfterValidator(FrozenDict)] = field(
+        default_factory=dict
     )
-    module_name_configs: Mapping[str, Rule | None] = field(default_factory=dict)
 
     def set_global(self, rule: Rule | None) -> Self:
         """Return a config with this global rule."""
@@ -321,4 +327,10 @@ def as_config(config: PruneConfig | Rule | Mapping[str, Any]) -> PruneConfig:
         return config
     if isinstance(config, Rule):
         return PruneConfig(global_config=config)
-    return PruneConfig.from_dict(config)
+    if isinstance(config, Mapping):
+        return PruneConfig.from_dict(config)
+    way_out = "Write Rule(0.5) for half of everything."
+    if isinstance(config, str | os.PathLike):
+        way_out = f"Write PruneConfig.from_yaml({str(config)!r})."
+    got = type(config).__name__
+    raise TypeError(f"Expected a PruneConfig, a Rule or a dict as config; got {got}. {way_out}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -19,7 +19,7 @@ from purprune.config import PruneConfig, Rule, as_config
 from purprune.errors import ConfigError, NaNError, near_misses
 from purprune.patterns import Layout
 from purprune.ranking import keep_all_but_lowest, refuse_nan
-from purprune.scores import Magnitude, ScoreContext
+from purprune.scores import Magnitude, Random, ScoreContext, Taylor, full_precision
 from purprune.selection import check_params, select
 from purprune.units import grid_shape, is_entry, spread, unit_scores
 
@@ -61,6 +61,9 @@ def compute_masks(
     check_params(params)
     step = check_step(step)
     rules = select(as_config(cfg), params).rules
+    for what, given in (("prev", prev), ("grads", grads)):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f"Expected {what} as a dict by name; got {type(given).__name__}.")
     before, gradients = dict(prev or {}), dict(grads or {})
     _refuse_strangers(before, params)
     return {
@@ -87,14 +90,12 @@ def check_step(step: int) -> int:
 
 def _mask(weight: Tensor, rule: Rule, context: ScoreContext, prev: Tensor | None) -> Tensor:
     name = context.name
-    if weight.is_meta:
-        raise ConfigError(
-            f"Expected a tensor with data for {name!r}; got a meta tensor. purprune.plan works "
-            f"on meta tensors; masks need values."
-        )
+    _refuse_unreadable(name, weight)
+    if weight.is_neg():
+        weight = weight.resolve_neg()
     block, layout = unit_layout(name, rule, weight.shape)
     before = None if prev is None else _kept_units(prev, block, weight, name)
-    sparsity = rule.sparsity_at(context.step)
+    sparsity = _sparsity_at(name, rule, context.step)
     if sparsity == 0:  # no score is needed, nor a gradient
         refuse_nan(weight, f"the weight {name!r}")
         return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
@@ -123,6 +124,13 @@ def _ranked(
     return unit_scores(_scores(weight, rule, context), block, norm), not has_sign
 
 
+def _sparsity_at(name: str, rule: Rule, step: int) -> Fraction:
+    try:
+        return rule.sparsity_at(step)
+    except ConfigError as error:
+        raise ConfigError(f"{name!r}: {error}") from None
+
+
 def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ...], Layout]:
     """Return the unit's extents and how the unit grid of a tensor divides into groups.
 
@@ -136,12 +144,45 @@ def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ..
         raise ConfigError(f"{name!r}: {error}") from None
 
 
+def _refuse_unreadable(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ConfigError(
+            f"Expected a tensor with data for {name!r}; got a meta tensor. purprune.plan works "
+            f"on meta tensors; masks need values."
+        )
+    if weight.layout is not torch.strided:
+        raise ConfigError(
+            f"Expected a strided tensor for {name!r}; got {weight.layout}. Pass .to_dense()."
+        )
+    try:
+        weight.data_ptr()
+    except RuntimeError:
+        raise ConfigError(
+            f"Expected a tensor with memory for {name!r}; got one of a torch.func transform or a "
+            f"graph that is being captured. Compute masks outside, and apply_masks inside."
+        ) from None
+
+
 def _scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
-    scores = rule.score(weight, context)
+    gradient = context.gradient
+    if gradient is not None:
+        if gradient.shape != weight.shape:
+            raise ConfigError(
+                f"Expected a gradient of shape {tuple(weight.shape)} for {context.name!r}; "
+                f"got {tuple(gradient.shape)}."
+            )
+        context = replace(context, gradient=full_precision(gradient.detach()))
+    own = isinstance(rule.score, Taylor | Random)
+    scores = rule.score(full_precision(weight) if own else full_precision(weight).clone(), context)
     if not isinstance(scores, Tensor) or scores.shape != weight.shape:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ConfigError(
             f"Expected scores of shape {tuple(weight.shape)} for {context.name!r}; got {got}."
+        )
+    if scores.is_complex() or scores.dtype in (torch.uint64, torch.bool):
+        raise ConfigError(
+            f"Expected scores that are floats or signed integers for {context.name!r}; "
+            f"got {scores.dtype}."
         )
     return scores
 

@@ -16,7 +16,7 @@ from purprune.errors import ConfigError
 from purprune.masks import check_step, unit_layout
 from purprune.ranking import count
 from purprune.selection import check_params, select
-from purprune.tables import text_table
+from purprune.tables import skipped_text, text_table
 from purprune.units import grid_shape
 
 
@@ -95,8 +95,7 @@ class Plan:
             for t in self.tensors
         ]
         head = ("parameter", "shape", "unit", "units", "ragged", "groups", "k", "pruned", "target")
-        dense = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped.items())
-        return text_table(head, rows) + (f"\ndense:{dense}" if dense else "")
+        return text_table(head, rows) + skipped_text(self.skipped)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ below a whole count.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -35,6 +36,7 @@ from pydantic import (
 
 from purprune.values import StrictFloat, StrictInt, exact, value
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _RANGE = re.compile(r"\s*range\(\s*(\d+)\s*(?:,\s*(\d+)\s*)?(?:,\s*(\d+)\s*)?,?\s*\)\s*")
 
 
@@ -256,10 +258,18 @@ def _kind_of_schedule(schedule: Any) -> str | None:
 
 def callable_as_plain(function: Any) -> dict[str, str]:
     """Name a callable in a dict: enough to compare it, not to load it."""
+    return {"callable": _name_of(function)}
+
+
+def _name_of(function: Any) -> str:
+    """Name a callable alike in every process: no address of memory takes part."""
+    if isinstance(function, functools.partial):
+        given = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
+        return _ADDRESS.sub("", f"{_name_of(function.func)}({', '.join(given)})")
     kind = function if hasattr(function, "__qualname__") else type(function)
     name = f"{kind.__module__}:{kind.__qualname__}"
     has_own_repr = kind is not function and kind.__repr__ is not object.__repr__
-    return {"callable": f"{name} {function!r}" if has_own_repr else name}
+    return _ADDRESS.sub("", f"{name} {function!r}") if has_own_repr else name
 
 
 AnyCallable = Annotated[

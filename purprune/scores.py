@@ -2,7 +2,8 @@
 
 A score is a callable ``score(weight, context) -> tensor`` of the weight's shape; it is a pure
 function and sees nothing but its arguments. Floating-point and integer scores are ranked as they
-are; bfloat16 and float16 weights are scored in float32.
+are. Weights and gradients of less than 32 bits come in float32. A callable of the user gets a copy
+of the weight, so nothing that it does to it is seen.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class ScoreContext:
         return self.gradient
 
 
-def _full_precision(tensor: Tensor) -> Tensor:
+def full_precision(tensor: Tensor) -> Tensor:
+    """Return bfloat16, float16 and smaller floats in float32; others as they are."""
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
@@ -60,8 +62,8 @@ class Magnitude:
     kind: Literal["magnitude"] = field(default="magnitude", repr=False, kw_only=True)
 
     def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
-        """Return ``|weight|``; half precision stays as it is, since its order is exact."""
-        return weight.abs() if weight.itemsize > 1 else weight.float().abs()
+        """Return ``|weight|``."""
+        return weight.abs()
 
 
 @value
@@ -73,14 +75,15 @@ class Taylor:
 
     >>> context = ScoreContext("w", step=0, gradient=torch.tensor([0.5, 4.0]))
     >>> Taylor()(torch.tensor([-3.0, 1.0]), context)
-    tensor([1.5000, 4.0000])
+    tensor([1.5000, 4.0000], dtype=torch.float64)
     """
 
     kind: Literal["taylor"] = field(default="taylor", repr=False, kw_only=True)
 
     def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
-        """Return ``|weight * gradient|``, in float32 or better."""
-        return (_full_precision(weight) * _full_precision(context.grad)).abs()
+        """Return ``|weight * gradient|`` in float64, which holds it exactly (mps: float32)."""
+        wide = torch.float32 if weight.device.type == "mps" else torch.float64
+        return (weight.to(wide) * context.grad.to(wide)).abs()
 
 
 @value

@@ -107,7 +107,8 @@ def keep_all_but_lowest(
         bits, keep = bits.reshape(1, -1), keep.reshape(1, -1)
         prev = None if prev is None else prev.reshape(1, -1)
         lead = 1
-        if bits.size >= _BRACKET_FROM and _bracketed(bits[0], keep[0], prev, spans[0].k, make):
+        whole = len(spans) == 1 and spans[0].size == bits.size >= _BRACKET_FROM
+        if whole and _bracketed(bits[0], keep[0], prev, spans[0].k, make):
             return
     at = max(range(lead), key=bits.shape.__getitem__)
     rows = max(1, _CHUNK * bits.shape[at] // max(bits.size, 1))
@@ -153,23 +154,27 @@ def _pruned_first(keys: Keys, kept: Bools, k: int, make: KeyMaker) -> Keys:
 def _all_but_lowest(keys: Keys, k: int) -> Bools:
     """Mark all but the first k of each row by (key, index)."""
     size = keys.shape[1]
-    if k <= 0 or k >= size:
+    if k <= 0 or k >= size or keys.size == 0:
         return np.full(keys.shape, k <= 0)
     return _by_shifts(keys, k) if size <= _SMALL_GROUP else _by_partition(keys, k)
 
 
-@lru_cache(maxsize=64)
-def _has_right(m: int, shift: int, units: int) -> Bools:
+@lru_cache(maxsize=32)
+def _has_right(m: int, shift: int, at_least: int) -> Bools:
     """Mark the units that have one of their own group ``shift`` places to the right."""
-    return np.tile(np.arange(m) < m - shift, units // m)
+    return np.tile(np.arange(m) < m - shift, at_least // m + 2)
 
 
 def _by_shifts(keys: Keys, k: int) -> Bools:
     """Count for each unit how many of its group stand before it; of a tie the left one does."""
     m, units = keys.shape[1], keys.size
+    if units > _CHUNK + m:  # so that patterns of one length serve all
+        rows = max(1, _CHUNK // m)
+        parts = [_by_shifts(keys[i : i + rows], k) for i in range(0, len(keys), rows)]
+        return np.concatenate(parts)
     flat, ahead = keys.reshape(-1), np.zeros(units, dtype=np.uint8)
     for shift in range(1, m):
-        own = _has_right(m, shift, units)[: units - shift]
+        own = _has_right(m, shift, _CHUNK)[: units - shift]
         left_first = flat[:-shift] <= flat[shift:]
         ahead[:-shift] += (own > left_first).view(np.uint8)  # the right one stands before
         left_first &= own

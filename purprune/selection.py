@@ -54,7 +54,7 @@ class NameMatcher:
 
         A module stands for the weights at and below it: parameters named by ``param_name``, or
         else those with the word "weight" in their name, below the module itself only of 2 or more
-        dims.
+        dims. Globs are for parameters of 2 or more dims, so that "*" takes no bias and no norm.
         """
         leaf = name.rpartition(".")[2]
         exact: list[Match] = []
@@ -65,10 +65,16 @@ class NameMatcher:
             globs += [
                 Match(selector, distance)
                 for selector in reversed(self.globs)
-                if fnmatchcase(path, selector) and self._for(selector, leaf, dims, distance)
+                if fnmatchcase(path, selector) and self._for_glob(selector, leaf, dims, distance)
             ]
         self.unused.difference_update(m.selector for m in exact + globs)
         return next(iter(exact + globs), None)
+
+    def _for_glob(self, selector: str, leaf: str, dims: int, distance: int) -> bool:
+        rule = self.configs[selector]
+        if rule is not None and rule.param_name is not None:
+            return self._for(selector, leaf, dims, distance)
+        return dims >= 2 and self._for(selector, leaf, dims, distance)
 
     def _for(self, selector: str, leaf: str, dims: int, distance: int) -> bool:
         return distance == 0 or _stands_for(self.configs[selector], leaf, dims, distance)
@@ -100,11 +106,28 @@ def refuse_unused(unused: Iterable[str], kind: str, candidates: Iterable[str]) -
     known = list(candidates)
     lines = [
         f"Expected {kind} to match something; {selector!r} matches nothing."
-        f"{near_misses(selector, known) or _some(known)}"
+        + _way_out(selector, known)
         for selector in sorted(unused)
     ]
     if lines:
         raise SelectionError("\n".join(lines))
+
+
+def _way_out(selector: str, known: list[str]) -> str:
+    if selector not in known:
+        return near_misses(selector, known) or _some(known)
+    below = [name for name in known if name.startswith(f"{selector}.")]
+    return f" It is there, but has no weight that the rule is for.{_some(below)}"
+
+
+def refuse_nothing(rules: Mapping[str, Rule], skipped: Mapping[str, str]) -> None:
+    """Raise when no parameter got a rule, and say why none did."""
+    if not rules:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in [*skipped.items()][:8])
+        raise SelectionError(
+            "Expected rules that are for at least one parameter; got none. "
+            + (reasons or "There are no parameters at all.")
+        )
 
 
 def _some(known: list[str]) -> str:
@@ -151,6 +174,7 @@ def select(config: PruneConfig, params: Mapping[str, Tensor]) -> Selection:
         else:
             rules[name] = rule
     refuse_unused(matcher.unused, "module_name_configs", known_names(params))
+    refuse_nothing(rules, skipped)
     return Selection(rules, skipped)
 
 
@@ -158,11 +182,11 @@ def _not_global(name: str, tensor: Tensor, rule: Rule) -> str | None:
     """Say why the global rule is not for a parameter."""
     if not tensor.is_floating_point():
         return f"{str(tensor.dtype).removeprefix('torch.')}: the global rule is for floats"
+    if rule.param_name is not None:
+        fits = fnmatchcase(name.rpartition(".")[2], rule.param_name)
+        return None if fits else f"param_name is {rule.param_name!r}"
     if tensor.dim() < 2:
         return f"{tensor.dim()}-D: the global rule is for 2 or more dims"
-    leaf = name.rpartition(".")[2]
-    if rule.param_name is not None and not fnmatchcase(leaf, rule.param_name):
-        return f"param_name is {rule.param_name!r}"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -20,3 +20,15 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def skipped_text(skipped: Mapping[str, str]) -> str:
+    """Return which parameters are not pruned, by reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(name)
+    lines = [
+        f"  {reason}: {', '.join(found[:4])}{f' and {len(found) - 4} more' if found[4:] else ''}"
+        for reason, found in names.items()
+    ]
+    return "\n".join(["\nnot pruned:", *lines]) if lines else ""

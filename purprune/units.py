@@ -36,10 +36,12 @@ def is_entry(block: Sequence[int]) -> bool:
 def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
     """Return one score per unit, shaped like the unit grid.
 
-    The L2 norm is left squared: the order is the same, and no rounding of roots makes ties.
+    The L2 norm is left squared: the order is the same, and no rounding of roots makes ties. Squares
+    of float64 entries that are below 2**-1074 of the tensor's largest square count as 0.
     """
     if is_entry(block):
         return scores
+    scores = scores.float() if scores.itemsize == 1 else scores  # float8
     grid = grid_shape(block, scores.shape)
     wide = torch.float32 if scores.device.type == "mps" else torch.float64
     if scores.numel() == 0:
@@ -126,5 +128,6 @@ def spread(keep: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
     cut = tuple(slice(n) for n in shape)
     if keep.device.type == "cpu":  # numpy asks for huge pages
         tiles = np.broadcast_to(keep.numpy().reshape(single), pairs)
-        return torch.from_numpy(np.ascontiguousarray(tiles.reshape(whole)[cut]))
+        entries = np.ascontiguousarray(tiles.reshape(whole)[cut])
+        return torch.from_numpy(entries if entries.flags.writeable else entries.copy())
     return keep.reshape(single).expand(pairs).reshape(whole)[cut].contiguous()

@@ -5,10 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from fractions import Fraction
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import AfterValidator, ConfigDict, Strict, ValidationError
+import numpy as np
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    Strict,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from purprune.errors import ConfigError, one_line
@@ -16,18 +25,11 @@ from purprune.errors import ConfigError, one_line
 T = TypeVar("T")
 
 
-def _within_unit_interval(s: float) -> float:
-    if not 0.0 <= s <= 1.0:  # also false for NaN
-        raise ValueError(f"expected a sparsity (fraction of zeros) in [0, 1]; got {s!r}.")
-    return float(s)
-
-
 KNOWN_KEYS: set[str] = {"scheduler"}
 """The fields of all values, for near misses in errors."""
 
 StrictInt = Annotated[int, Strict()]
 StrictFloat = Annotated[float, Strict()]
-SparsityValue = Annotated[float, Strict(), AfterValidator(_within_unit_interval)]
 
 
 def exact(s: float | Fraction) -> Fraction:
@@ -40,10 +42,61 @@ def exact(s: float | Fraction) -> Fraction:
     """
     if isinstance(s, Fraction):
         return s
-    value = float(s)
-    if not math.isfinite(value):
+    if isinstance(s, bool) or not isinstance(s, int | float | np.floating | np.integer):
+        raise ConfigError(f"Expected a sparsity as a float or a Fraction; got {s!r}.")
+    if not math.isfinite(s):
         raise ConfigError(f"Expected a finite sparsity; got {s!r}.")
-    return Fraction(repr(value))
+    return Fraction(str(s.item() if isinstance(s, np.float64) else s))
+
+
+def _as_sparsity(s: Any) -> float | Fraction:
+    """Keep fractions; read float32 and the like as the decimals that they show."""
+    if isinstance(s, str) and _FRACTION.fullmatch(s):
+        s = Fraction(s)
+    fraction = exact(s)
+    if not 0 <= fraction <= 1:
+        percent = f" {s} % is {float(fraction) / 100}." if 1 < fraction <= 100 else ""
+        raise ValueError(f"expected a sparsity (fraction of zeros) in [0, 1]; got {s!r}.{percent}")
+    return s if isinstance(s, Fraction) else float(fraction)
+
+
+def _as_plain(s: float | Fraction) -> float | str:
+    return str(s) if isinstance(s, Fraction) else s
+
+
+_FRACTION = re.compile(r"[0-9]+/[1-9][0-9]*")
+SparsityValue = Annotated[
+    float | Fraction,
+    BeforeValidator(_as_sparsity),
+    PlainSerializer(_as_plain),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0, "maximum": 1},
+                {"type": "string", "pattern": "^[0-9]+/[1-9][0-9]*$"},
+            ]
+        }
+    ),
+]
+"""A fraction of zeros in [0, 1]: a float, an exact Fraction, or in files a text like "1/3"."""
+
+
+class FrozenDict(dict[str, T]):
+    """A dict that refuses to be changed, so that values which hold it are values."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        """Hash the items in order."""
+        return hash(tuple(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy through a plain dict."""
+        return FrozenDict, (dict(self),)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("Configs are values: set_module_name and the like return a new one.")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))

@@ -9,7 +9,18 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from purprune import NM, Block, Channel, Kernel, Magnitude, Pattern, Random, Taylor, Unstructured
+from purprune import (
+    NM,
+    Block,
+    Channel,
+    Kernel,
+    Magnitude,
+    Pattern,
+    Random,
+    ScoreContext,
+    Taylor,
+    Unstructured,
+)
 from purprune.patterns import ChannelUnit, EveryGroup, KernelUnit, RowGroup
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -94,7 +105,17 @@ def patterns_for(draw: st.DrawFn, dims: int) -> Pattern:
     return draw(st.sampled_from(choices))
 
 
-SCORES = {"magnitude": Magnitude(), "taylor": Taylor(), "random": Random(seed=3)}
+def squared(weight: Tensor, context: ScoreContext) -> Tensor:
+    """Score as a user may: squares, which half precision would round to 0 or inf."""
+    return weight * weight
+
+
+SCORES = {
+    "magnitude": Magnitude(),
+    "taylor": Taylor(),
+    "random": Random(seed=3),
+    "callable": squared,
+}
 PATTERNS = {
     "unstructured": Unstructured(),
     "rows": Pattern(group=RowGroup(0)),

@@ -45,6 +45,16 @@ def test_the_mask_is_the_oracles(score, pattern, s):
     assert torch.equal(_mask(params, grads, rule), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_are_scored_as_their_float32_upcast(score, pattern, dtype):
+    """Defends law 7 for every score, a user's among them."""
+    params, grads = _case()
+    half = {"w": (params["w"] * 1e-4).to(dtype)}
+    rule = Rule(target_of(pattern, 0.5), score=score, pattern=pattern)
+    upcast = {"w": half["w"].float()}
+    assert torch.equal(_mask(half, grads, rule), _mask(upcast, grads, rule))
+
+
 def test_counts_are_the_planned_ones(score, pattern):
     """Defends the dry run: what plan() says is what compute_masks() does."""
     params, grads = _case()

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -20,13 +21,23 @@ from purprune import (
     Kernel,
     NaNError,
     PruneConfig,
+    Ramp,
     Rule,
+    SelectionError,
     Taylor,
     apply_masks,
     compute_masks,
     plan,
     sparsity,
 )
+
+
+class Wild(Ramp):
+    """A ramp of a user that leaves the unit interval."""
+
+    def remaining(self, step: int) -> Fraction:
+        return Fraction(2)
+
 
 W = {"w": torch.arange(1.0, 13.0).view(3, 4)}
 
@@ -144,6 +155,30 @@ def test_apply_masks_clears_inf_nan_and_the_sign_of_zero():
         (lambda: apply_masks(W, {"v": W["w"] > 3}), KeyError, "'v'"),
         (lambda: apply_masks(W, {"w": W["w"][0] > 3}), ValueError, "shape"),
         (lambda: apply_masks(W, {"w": W["w"]}), TypeError, "True = keep"),
+        (lambda: compute_masks({}, 0, Rule(0.5)), SelectionError, "no parameters at all"),
+        (lambda: compute_masks(W, 0, Rule(0.5, param_name="v")), SelectionError, "is 'v'"),
+        (lambda: compute_masks(W, 0, 0.5), TypeError, r"got float. Write Rule\(0.5\)"),
+        (lambda: compute_masks(W, 0, "c.yaml"), TypeError, r"PruneConfig.from_yaml\('c.yaml'\)"),
+        (lambda: compute_masks(W, 0, Rule(schedule=lambda t: None)), ConfigError, "'w': .*None"),
+        (lambda: compute_masks(W, 0, Rule(schedule=lambda t: 1.5)), ConfigError, "'w': .*1.5"),
+        (lambda: compute_masks(W, 0, Rule(0.5, schedule=Wild())), ConfigError, "'w': .*got -0.5"),
+        (lambda: compute_masks({"w": W["w"].to_sparse()}, 0, Rule(0.5)), ConfigError, "to_dense"),
+        (
+            lambda: compute_masks(W, 0, Rule(0.5, score="taylor"), grads={"w": torch.ones(4)}),
+            ConfigError,
+            "gradient of shape",
+        ),
+        (lambda: compute_masks(W, 0, Rule(0.5), grads=[1]), TypeError, "grads as a dict"),
+        (
+            lambda: compute_masks(W, 0, Rule(0.5, score=lambda w, c: w + 1j)),
+            ConfigError,
+            "complex64",
+        ),
+        (
+            lambda: grad(lambda w: compute_masks({"w": w}, 0, Rule(0.5))["w"].sum())(W["w"]),
+            ConfigError,
+            "apply_masks inside",
+        ),
         (lambda: plan(W, Rule(schedule=lambda step: 0.5)), ConfigError, "Expected a step for 'w'"),
     ],
 )
@@ -167,6 +202,13 @@ def test_signed_scores_rank_with_their_sign_and_units_sum_them():
     ]
     channels = Rule(0.34, score=entries.score, pattern=Channel(norm="sum"))
     assert compute_masks(w, 0, channels)["w"].all(dim=1).tolist() == [True, True, False]
+
+
+def test_a_score_of_the_user_cannot_change_the_weight():
+    """Defends purity against callables that work in place."""
+    w = {"w": torch.tensor([[-3.0, 1.0]])}
+    compute_masks(w, 0, Rule(0.5, score=lambda w, c: w.abs_()))
+    assert w["w"].tolist() == [[-3.0, 1.0]]
 
 
 def test_plan_answers_for_a_billion_entries_without_data():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,14 +13,17 @@ from hypothesis import strategies as st
 
 from oracles import prune_oracle
 from purprune import (
+    NM,
     Block,
     Channel,
     Kernel,
     NaNError,
     Pattern,
+    PruneConfig,
     Rule,
     compute_masks,
     selecting,
+    threads,
     units,
 )
 from purprune.patterns import Layout
@@ -29,12 +33,16 @@ from purprune.units import _reduced, unit_scores
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make chunks, samples and brackets so small that small tensors have many."""
     monkeypatch.setattr(selecting, "_CHUNK", 16)
     monkeypatch.setattr(selecting, "_BRACKET_FROM", 32)
     monkeypatch.setattr(selecting, "_SAMPLE", 24)
     monkeypatch.setattr(units, "_CHUNK", 16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 def _expected(keys: np.ndarray, k: int, gone: np.ndarray | None) -> np.ndarray:
@@ -88,6 +96,26 @@ def test_the_bracket_really_is_used(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(selecting, "_SAMPLE", 512)
     monkeypatch.setattr(selecting, "_select_rows", None)
     assert torch.equal(compute_masks({"w": w}, 0, Rule(0.8))["w"], expected)
+
+
+def test_chunks_really_are_shared_among_threads(monkeypatch: pytest.MonkeyPatch):
+    """Defends all tests here: without a pool they would prove nothing about threads."""
+    w = torch.randn(80, 50, generator=torch.Generator().manual_seed(0))
+    rules = [Rule(0.8), Rule(pattern=NM(2, 4)), Rule(0.5, pattern=Channel())]
+    for rule in rules:
+        compute_masks({"w": w}, 0, rule)
+        with monkeypatch.context() as patch:
+            patch.setattr(threads, "ThreadPoolExecutor", None)
+            with pytest.raises(TypeError):
+                compute_masks({"w": w}, 0, rule)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4, dim=0), NM(1, 3, dim=-1), NM(7, 40, dim=0)])
+def test_groups_of_a_long_vector_are_groups(pattern: Pattern):
+    """Defends N:M on 1-D tensors, which are one row of many groups."""
+    w = torch.randn(1001, generator=torch.Generator().manual_seed(0)).double()
+    got = compute_masks({"w": w}, 0, PruneConfig().set_module_name("w", Rule(pattern=pattern)))
+    assert torch.equal(got["w"], prune_oracle(w.abs(), pattern, pattern.target))
 
 
 @pytest.mark.parametrize("position", [0, 17, 999])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purprune import PruneConfig
+from purprune import PruneConfig, Rule, plan
 
 FORMAT = 1
 _KEYS = ("format", "step", "config", "masks")
@@ -29,7 +29,7 @@ def unpack_state(
     state: Mapping[str, Any],
     config: PruneConfig,
     params: Mapping[str, Tensor],
-    names: Collection[str],
+    rules: Mapping[str, Rule],
 ) -> tuple[int, dict[str, Tensor]]:
     """Return step and masks of a state that fits; raise and say what differs otherwise."""
     if not isinstance(state, Mapping) or set(state) != set(_KEYS):
@@ -46,7 +46,17 @@ def unpack_state(
             "Expected the state of a pruner with the same config; these differ (saved, now): "
             + "; ".join(differing)
         )
-    return step, _fitting_masks(state["masks"], params, names)
+    masks = _fitting_masks(state["masks"], params, rules)
+    planned = plan(params, PruneConfig(module_name_configs=rules), step)
+    for row in planned.tensors:
+        kept = masks[row.name][tuple(slice(None, None, n) for n in row.unit)]
+        pruned = kept.numel() - int(torch.count_nonzero(kept))
+        if pruned != row.pruned_units:
+            raise ValueError(
+                f"Expected {row.pruned_units} of {row.units} units pruned in {row.name!r} at step "
+                f"{step}; the masks of the state prune {pruned}. It is damaged."
+            )
+    return step, masks
 
 
 def _loaded(config: Any) -> Any:
@@ -61,7 +71,9 @@ def _loaded(config: Any) -> Any:
 def _fitting_masks(
     masks: Any, params: Mapping[str, Tensor], names: Collection[str]
 ) -> dict[str, Tensor]:
-    if not isinstance(masks, Mapping) or set(masks) != set(names):
+    if not isinstance(masks, Mapping):
+        raise ValueError(f"Expected masks by name; got {type(masks).__name__}.")
+    if set(masks) != set(names):
         missing = sorted(set(names) - set(masks))
         extra = sorted(set(masks) - set(names))
         raise ValueError(f"Expected masks of this model; missing {missing}, not in it {extra}.")

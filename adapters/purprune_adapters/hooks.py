@@ -20,15 +20,17 @@ from purprune_adapters.inplace import zero_pruned_
 class MaskStore:
     """Masks by parameter name, and which parameters are known to be masked as they stand now."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, mask_gradients: bool) -> None:
         """Make an empty store; the token tells the hooks of one pruner from another's."""
         self.token = token
+        self.mask_gradients = mask_gradients
         self.masks: dict[str, Tensor] = {}
+        self._hooked: dict[str, tuple[weakref.ref[Tensor], Any]] = {}
         self._clean: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is known of parameters: a copy has parameters of its own."""
-        return {"token": self.token, "masks": self.masks, "_clean": {}}
+        return {**self.__dict__, "_clean": {}, "_hooked": {}}
 
     def mask_for(self, name: str, tensor: Tensor) -> Tensor:
         """Return the mask on the tensor's device, moved there once when the model moved."""
@@ -39,15 +41,36 @@ class MaskStore:
 
     def apply_(self, name: str, param: Tensor) -> None:
         """Write zeros into the parameter, and remember that it is clean."""
+        self._hook_gradient(name, param)
         zero_pruned_(param, self.mask_for(name, param))
         if not param.is_inference():  # of these torch does not count the writes
             self._clean[name] = (weakref.ref(param), _state(param))
 
     def apply_if_changed_(self, name: str, param: Tensor) -> None:
         """Write zeros unless neither the parameter nor its mask changed since the last time."""
-        known = self._clean.get(name)
-        if known is None or known[0]() is not param or known[1] != _state(param):
+        if self.changed(name, param):
             self.apply_(name, param)
+
+    def changed(self, name: str, param: Tensor) -> bool:
+        """Tell whether the parameter was written to, or is another one, since it was masked."""
+        known = self._clean.get(name)
+        return known is None or known[0]() is not param or known[1] != _state(param)
+
+    def _hook_gradient(self, name: str, param: Tensor) -> None:
+        """Hook the gradient of a parameter that is new here, or that may be trained now."""
+        known = self._hooked.get(name)
+        if not self.mask_gradients or (known is not None and known[0]() is param):
+            return
+        if param.requires_grad and param.is_leaf:
+            hook = GradientHook(self, name)
+            handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            self._hooked[name] = (weakref.ref(param), handle)
+
+    def release(self) -> None:
+        """Remove the gradient hooks."""
+        for _, handle in self._hooked.values():
+            handle.remove()
+        self._hooked.clear()
 
 
 def _state(param: Tensor) -> tuple[int, int]:
@@ -68,8 +91,10 @@ class MaskHook:
         if torch.compiler.is_compiling():
             return
         for path, name in self.paths:
-            if name in self.store.masks:
-                self.store.apply_if_changed_(name, operator.attrgetter(path)(module))
+            param = operator.attrgetter(path)(module)
+            # Other tensors stand here under torch.func: they are the caller's, and not written to.
+            if name in self.store.masks and isinstance(param, nn.Parameter):
+                self.store.apply_if_changed_(name, param)
 
 
 class GradientHook:
@@ -99,12 +124,15 @@ def _watchers(name: str, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def add_forward_hooks(model: nn.Module, store: MaskStore, names: Iterable[str]) -> None:
-    """Hook every module that may read one of the parameters."""
+    """Hook every module that may read one of the parameters, under any of its names."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    first = {id(model.get_parameter(name)): name for name in names}
     watched: dict[str, list[tuple[str, str]]] = {}
-    for name in names:
-        for path in _watchers(name, modules):
-            watched.setdefault(path, []).append((name[len(path) + 1 if path else 0 :], name))
+    for alias, param in model.named_parameters(remove_duplicate=False):
+        if (name := first.get(id(param))) is None:
+            continue
+        for path in _watchers(alias, modules):
+            watched.setdefault(path, []).append((alias[len(path) + 1 if path else 0 :], name))
     for path, paths in watched.items():
         modules[path].register_forward_pre_hook(MaskHook(store, paths))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from purprune.threads import in_threads
 
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 17
 
 

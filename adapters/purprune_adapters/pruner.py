@@ -15,13 +15,10 @@ from torch import Tensor, nn
 import purprune
 from purprune import Count, Plan, PruneConfig, Rule, SelectionError
 from purprune.config import as_config
+from purprune.ranking import refuse_nan
 from purprune_adapters.checkpoint import pack_state, unpack_state
-from purprune_adapters.hooks import (
-    GradientHook,
-    MaskStore,
-    add_forward_hooks,
-    remove_forward_hooks,
-)
+from purprune_adapters.hooks import MaskStore, add_forward_hooks, remove_forward_hooks
+from purprune_adapters.inplace import zero_pruned_
 from purprune_adapters.report import Report, ReportRow
 from purprune_adapters.resolve import resolve_rules
 
@@ -52,7 +49,11 @@ class Pruner:
     >>> model = nn.Linear(8, 4)
     >>> pruner = Pruner(model, Rule(0.75, PolynomialDecay([1, 2])))
     >>> _ = pruner.prepare(inplace=True)
-    >>> for _ in range(2):  # after each optimizer.step()
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> for _ in range(2):
+    ...     optimizer.zero_grad()
+    ...     model(torch.randn(3, 8)).square().sum().backward()
+    ...     optimizer.step()
     ...     pruner.step()
     >>> model = pruner.finalize()
     >>> int((model.weight == 0).sum())
@@ -71,18 +72,14 @@ class Pruner:
         self._config = as_config(config)
         selection = resolve_rules(model, self._config)
         self._rules, self._skipped = selection.rules, selection.skipped
-        if bare := [n for n in self._rules if model.get_parameter(n).is_meta]:
-            raise SelectionError(
-                f"Expected parameters with data; {bare[0]!r} is on the meta device. Load the "
-                f"model's weights first; purprune.plan and resolve work without data."
-            )
         self._model = model
         self._owners = _owners(model, self._rules)
         self._optimizer = optimizer
-        self._mask_gradients = mask_gradients
+        self._refuse_unfit_parameters()
         self._step = 0
         self._phase = "new"  # then "prepared", then "finalized"
-        self._store = MaskStore(uuid.uuid4().hex)
+        self._trained = False
+        self._store = MaskStore(uuid.uuid4().hex, mask_gradients)
         self._handles: list[Any] = []
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
         self.plan(step=0)  # a pattern that does not fit is found before training
@@ -159,8 +156,10 @@ class Pruner:
             self._owners = _owners(self._model, self._rules)
         self._step, self._loaded = step, None
         self._store.masks.update(masks)
-        self._install()
         self._apply()
+        add_forward_hooks(self._model, self._store, self._rules)
+        if self._optimizer is not None:
+            self._handles.append(self._optimizer.register_step_post_hook(self._after_optimizer))
         self._phase = "prepared"
         return self._model
 
@@ -175,6 +174,7 @@ class Pruner:
         """
         self._require_prepared("step")
         step = self._step + 1
+        self._trained = self._trained or self._optimizer is not None or self._has_changed()
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:
             self._store.masks.update(self._compute(step, due, self._store.masks))
@@ -190,19 +190,22 @@ class Pruner:
                 the pruned model itself.
             inplace: False finalizes a deepcopy, and training can go on. True removes the hooks
                 from the model itself and ends this pruner.
+
+        Raises:
+            NaNError: a pruned parameter holds NaN.
+            ValueError: ``model`` has other parameters than the pruned one.
         """
         self._require_prepared("finalize")
-        self._warn_unless_over()
         chosen = self._model if model is None else model
+        params = dict(chosen.named_parameters())
+        self._refuse_other_shapes(chosen, params)
+        for name in self._rules:
+            refuse_nan(params[name], f"the weight {name!r}")
+        self._warn_unless_over()
         final = chosen if inplace else copy.deepcopy(chosen)
         params = dict(final.named_parameters())
-        if missing := [name for name in self._rules if name not in params]:
-            raise ValueError(
-                f"Expected a model with the parameters of the pruned one; got "
-                f"{type(final).__name__} without {', '.join(map(repr, missing))}."
-            )
         for name in self._rules:
-            self._store.apply_(name, params[name])
+            zero_pruned_(params[name], self._store.mask_for(name, params[name]))
         remove_forward_hooks(final, self._store.token)
         if final is self._model:
             self._remove_handles()
@@ -223,7 +226,9 @@ class Pruner:
             )
             for name, rule in self._rules.items()
         ]
-        return Report(self._step, tuple(rows), MappingProxyType(dict(self._skipped)))
+        entries = sum(param.numel() for param in self._model.parameters())
+        skipped = MappingProxyType(dict(self._skipped))
+        return Report(self._phase, self._step, entries, tuple(rows), skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """Return step, masks and config as tensors and plain values, for ``torch.save``."""
@@ -240,6 +245,7 @@ class Pruner:
                 says what differs, and nothing is changed.
         """
         step, masks = unpack_state(state, self._config, self._params(), self._rules)
+        self._trained = True
         if self._phase == "new":
             self._loaded = (step, masks)
             return
@@ -274,18 +280,52 @@ class Pruner:
         for name, param in self._params().items():
             apply(name, param)
 
-    def _install(self) -> None:
-        add_forward_hooks(self._model, self._store, self._rules)
-        if self._mask_gradients:
-            for name, param in self._params().items():
-                if param.requires_grad:
-                    hook = GradientHook(self._store, name)
-                    handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-                    self._handles.append(handle)
-        if self._optimizer is not None:
-            self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self._apply()))
+    def _has_changed(self) -> bool:
+        return any(self._store.changed(name, param) for name, param in self._params().items())
+
+    def _after_optimizer(self, *_: Any) -> None:
+        self._apply()
+
+    def _refuse_unfit_parameters(self) -> None:
+        params = self._params()
+        for name, param in params.items():
+            if param.is_meta:
+                raise SelectionError(
+                    f"Expected parameters with data; {name!r} is on the meta device. Load the "
+                    f"model's weights first; purprune.plan and resolve work without data."
+                )
+            if any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True)):
+                raise SelectionError(
+                    f"Expected parameters that can be written to; {name!r} is an expanded view. "
+                    f"Make it contiguous first."
+                )
+        if self._optimizer is None:
+            return
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        for name, param in params.items():
+            if param.requires_grad and id(param) not in held:
+                raise ValueError(
+                    f"Expected an optimizer that holds the model's parameters; it does not hold "
+                    f"{name!r}. Make it from model.parameters() of the model given to Pruner."
+                )
+
+    def _refuse_other_shapes(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
+        for name, mask in self._store.masks.items():
+            if name not in params:
+                inner = f"module.{name}" in params
+                raise ValueError(
+                    f"Expected a model with the parameters of the pruned one; got "
+                    f"{type(model).__name__} without {name!r}."
+                    + (" It wraps the model: pass its .module." if inner else "")
+                )
+            if params[name].shape != mask.shape:
+                raise ValueError(
+                    f"Expected {name!r} of shape {tuple(mask.shape)}; got "
+                    f"{tuple(params[name].shape)}."
+                )
 
     def _remove_handles(self) -> None:
+        self._store.release()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -300,6 +340,13 @@ class Pruner:
             )
 
     def _warn_unless_over(self) -> None:
+        if self._step > 1 and not self._trained:  # one step alone prunes once, without training
+            warnings.warn(
+                f"step() was called {self._step} times, but no pruned weight ever changed in "
+                f"between. Is the optimizer made from the parameters of the model that prepare() "
+                f"returned? It is a copy unless inplace=True.",
+                stacklevel=3,
+            )
         early = [
             f"{name} at {float(rule.sparsity_at(self._step)):.4g} of {float(rule.target):.4g}"
             for name, rule in self._rules.items()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from purprune import Count
-from purprune.tables import text_table
+from purprune.tables import skipped_text, text_table
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,11 @@ class ReportRow:
 class Report:
     """What is pruned now, and why the rest is not."""
 
+    phase: str
+    """"new", "prepared" or "finalized"."""
     step: int
+    model_entries: int
+    """Entries of all parameters of the model, tied ones once."""
     rows: tuple[ReportRow, ...]
     skipped: Mapping[str, str]
 
@@ -51,7 +55,9 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts, lists, texts and numbers."""
         return {
+            "phase": self.phase,
             "step": self.step,
+            "model_entries": self.model_entries,
             "zeros": self.total.zeros,
             "entries": self.total.entries,
             "parameters": {
@@ -83,7 +89,9 @@ class Report:
             for row in self.rows
         ]
         head = ("parameter", "shape", "zeros", "entries", "zero", "in force", "target")
-        dense = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped.items())
-        return f"step {self.step}: {self.total}\n{text_table(head, rows)}" + (
-            f"\ndense:{dense}" if dense else ""
+        share = self.total.zeros / self.model_entries if self.model_entries else 0.0
+        title = f"{self.phase}, step {self.step}: {self.total} zero in the pruned parameters"
+        return (
+            f"{title}; {share:.2%} of all parameters\n"
+            f"{text_table(head, rows)}{skipped_text(self.skipped)}"
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -18,6 +18,7 @@ from purprune.selection import (
     known_names,
     refuse_empty,
     refuse_integers,
+    refuse_nothing,
     refuse_unused,
 )
 
@@ -66,25 +67,45 @@ def resolve_rules(model: nn.Module, config: PruneConfig | Rule | Mapping[str, An
     config = as_config(config)
     refuse_empty(config)
     search = _Search(model, config)
-    tied: dict[int, str] = {}
+    names: dict[int, list[str]] = {}
+    params: dict[int, Tensor] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+        params[id(param)] = param
     rules: dict[str, Rule] = {}
     skipped: dict[str, str] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        first = tied.setdefault(id(param), name)
-        rule, selector = search.find(name, param)
-        if rule is None:
-            if name == first:
-                skipped[name] = selector
-            continue
-        _refuse_unfit(name, param, selector)
-        if rules.setdefault(first, rule) != rule:
+    for key, tied in names.items():
+        found = _strongest(tied, [search.find(name, params[key]) for name in tied])
+        if found.rule is None:
+            skipped[tied[0]] = found.why
+        else:
+            _refuse_unfit(tied[0], params[key], found.why)
+            rules[tied[0]] = found.rule
+    search.refuse_unused()
+    refuse_nothing(rules, skipped)
+    return Selection(rules, skipped)
+
+
+class _Found(NamedTuple):
+    """A rule (None: leave dense) with its selector or the reason, and how strong that is."""
+
+    rule: Rule | None
+    why: str
+    strength: int  # 2 by name, 1 by type, 0 by the global rule, -1 by none
+
+
+def _strongest(names: Sequence[str], found: Sequence[_Found]) -> _Found:
+    """Return what holds for a parameter of several names: name beats type beats global."""
+    strength = max(f.strength for f in found)
+    best = [(name, f) for name, f in zip(names, found, strict=True) if f.strength == strength]
+    (first, chosen), *others = best
+    for name, other in others:
+        if other.rule != chosen.rule:
             raise SelectionError(
                 f"Expected one rule for the tied parameters {first!r} and {name!r}; got two. Set "
-                f"one of the names to the rule that is meant, or to None."
+                f"both names to the rule that is meant, or to None."
             )
-        skipped.pop(first, None)
-    search.refuse_unused()
-    return Selection(rules, skipped)
+    return chosen
 
 
 class _Search:
@@ -97,28 +118,22 @@ class _Search:
         self.names = NameMatcher(config.module_name_configs)
         self.unused_types = set(config.module_type_configs)
 
-    def find(self, name: str, param: Tensor) -> tuple[Rule | None, str]:
-        """Return the rule and its selector, or None and the reason."""
+    def find(self, name: str, param: Tensor) -> _Found:
+        """Return the rule for one name of a parameter."""
         dims = 0 if is_lazy(param) else param.dim()
         types = [self._type_selector(*holder, dims) for holder in self._holders(name)]
-        if found := self.names.match(name, dims):
-            named_only = found.distance > 1 and self._fits(NAMED_ONLY, name)
-            if not named_only:
-                rule = self.config.module_name_configs[found.selector]
-                return rule, found.selector if rule else f"{found.selector!r} is set to None"
+        found = self.names.match(name, dims)
+        if found and not (found.distance > 1 and self._fits(NAMED_ONLY, name)):
+            return _found(self.config.module_name_configs, found.selector, 2)
         for selector in filter(None, types):
-            rule = self.config.module_type_configs[selector]
-            return rule, selector if rule else f"{selector!r} is set to None"
-        return self._global(name)
-
-    def _global(self, name: str) -> tuple[Rule | None, str]:
+            return _found(self.config.module_type_configs, selector, 1)
         rule = self.config.global_config
-        if rule is None:
-            return None, "no rule is for it; type rules are for weights"
-        if self._fits(SUPPORTED, name, rule.param_name):
-            return rule, "global_config"
         owner, leaf = next(self._holders(name))
-        return None, f"the global rule is not for {leaf!r} of {type(owner).__name__}"
+        if rule is None:
+            return _Found(None, f"no rule is for {leaf!r} of {type(owner).__name__}", -1)
+        if self._fits(SUPPORTED, name, rule.param_name):
+            return _Found(rule, "global_config", 0)
+        return _Found(None, f"the global rule is not for {leaf!r} of {type(owner).__name__}", -1)
 
     def _holders(self, name: str) -> Iterator[tuple[nn.Module, str]]:
         """Yield the module that owns the parameter, behind an attention that reads it itself."""
@@ -165,6 +180,11 @@ class _Search:
         refuse_unused(self.names.unused, "module_name_configs", known_names(self.params))
         kinds = dict.fromkeys(type(module).__name__ for module in self.modules.values())
         refuse_unused(self.unused_types, "module_type_configs", kinds)
+
+
+def _found(configs: Mapping[str, Rule | None], selector: str, strength: int) -> _Found:
+    rule = configs[selector]
+    return _Found(rule, selector if rule else f"{selector!r} is set to None", strength)
 
 
 def _refuse_unfit(name: str, param: Tensor, selector: str) -> None:

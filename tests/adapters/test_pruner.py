@@ -258,6 +258,7 @@ def test_finalize_returns_a_model_without_a_trace():
     assert final is not model
     assert [len(m._forward_pre_hooks) for m in final.modules()] == [0, 0, 0, 0, 1]
     assert final.load_state_dict(model.state_dict()) is not None
+    train_step(model, torch.optim.SGD(model.parameters(), 0.1), 0)
     pruner.step()  # training goes on
     assert pruner.finalize(inplace=True) is model
     assert hooked.id in model[3]._forward_pre_hooks, "the hooks of others stay"
@@ -311,7 +312,8 @@ def test_lifecycle_mistakes_get_a_clear_word():
         pruner.finalize()
     for _ in range(10):
         pruner.step()
-    pruner.finalize()
+    with pytest.warns(UserWarning, match=r"called 10 times, but no pruned weight ever changed"):
+        pruner.finalize()
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ValueError, match=r"prepare\(inplace=True\) with optimizer"):
@@ -369,6 +371,8 @@ def test_the_report_counts_zeros_now_and_says_what_is_dense():
         (lambda s: s["masks"].update({"3.weight": torch.ones(3, 64)}), "bool mask for '3.weight'"),
         (lambda s: s["masks"].update({"3.weight": torch.ones(2, 2).bool()}), r"shape \(3, 64\)"),
         (lambda s: s.update(config="{"), "config of the pruner state"),
+        (lambda s: s.update(masks=None), "masks by name; got NoneType"),
+        (lambda s: s["masks"]["3.weight"].fill_(True), r"96 of 192 units .* prune 0"),
     ],
 )
 def test_a_state_that_does_not_fit_raises_and_changes_nothing(change, says):
@@ -567,3 +571,131 @@ def test_several_pruners_share_a_model():
     model(batch(0)[0])
     assert int((model[3].weight == 0).sum()) == 96
     assert int((model[0].weight == 0).sum()) == 0
+
+
+def test_a_parameter_that_is_replaced_or_thawed_is_hooked_again():
+    """Defends gradients after load_state_dict(assign=True), and of layers frozen at first."""
+    model = net()
+    model[3].weight.requires_grad_(False)
+    pruner = Pruner(model, Rule(0.5))
+    pruner.prepare(inplace=True)
+    model[3].weight.requires_grad_(True)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.zero_grad()
+        x, y = batch(0)
+        twin(x)  # any forward pass or step() finds the new parameter
+        nn.functional.cross_entropy(twin(x), y).backward()
+        for name in ("0.weight", "3.weight"):
+            grad = twin.get_parameter(name).grad
+            assert not bool(grad[~pruner.masks[name]].any()), name
+            assert bool(grad.any())
+
+
+def test_a_pruner_with_its_optimizer_survives_a_pickle():
+    """Defends whole-object checkpoints: the copy trains on to the same bits."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    pruner = Pruner(model, Rule(0.8, SCHEDULE), optimizer=optimizer)
+    pruner.prepare(inplace=True)
+    for step in range(1, 3):
+        train_step(model, optimizer, step)
+        pruner.step()
+    twin, its_optimizer, its_pruner = pickle.loads(pickle.dumps((model, optimizer, pruner)))
+    for step in range(3, 8):
+        for m, o, p in ((model, optimizer, pruner), (twin, its_optimizer, its_pruner)):
+            o.zero_grad()
+            x, y = batch(step)
+            nn.functional.cross_entropy(m(x), y).backward()
+            torch.nn.utils.clip_grad_norm_(m.parameters(), 0.1)
+            o.step()
+            p.step()
+    for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
+        assert same_bits(mine, its)
+
+
+def test_functional_calls_of_a_prepared_model_leave_the_callers_tensors_alone():
+    """Defends torch.func on a prepared model: only its own parameters are written to."""
+    model = net()
+    Pruner(model, Rule(0.5)).prepare(inplace=True)
+    params = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    functional_call(model, params, batch(0)[0])
+    assert all(bool(p.all()) for p in params.values())
+    torch.func.grad(lambda p: functional_call(model, p, batch(0)[0]).sum())(params)
+
+
+def test_tied_weights_are_masked_by_either_module_and_none_by_name_holds():
+    """Defends a head that is called by itself, and an exception by one of two names."""
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["embed"].weight
+    Pruner(model, Rule(0.5)).prepare(inplace=True)
+    with torch.no_grad():
+        model["head"].weight.fill_(1.0)
+    model["head"](torch.ones(1, 4))
+    assert int((model["head"].weight == 0).sum()) == 12
+    dense = PruneConfig(Rule(0.5)).set_module_name("embed", None)
+    with pytest.raises(SelectionError, match=r"embed.weight: 'embed' is set to None"):
+        resolve(model, dense)
+
+
+def test_float8_and_expanded_parameters_are_pruned_or_refused_by_name():
+    """Defends rare tensors: nothing fails after hooks were installed."""
+    model = nn.Linear(4, 4, bias=False)
+    model.weight = nn.Parameter(torch.randn(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    for pattern in (Unstructured(), Channel()):
+        Pruner(model, Rule(0.5, pattern=pattern)).prepare(inplace=True)
+    assert int((model.weight.float() == 0).sum()) >= 8
+    model.weight = nn.Parameter(torch.ones(1, 4).expand(4, 4))
+    with pytest.raises(SelectionError, match="'weight' is an expanded view"):
+        Pruner(model, Rule(0.5))
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    """Defends against training a copy that is not pruned."""
+    with pytest.raises(ValueError, match=r"does not hold '0.weight'"):
+        Pruner(net(), Rule(0.5), optimizer=torch.optim.SGD(net().parameters(), 0.1))
+
+
+def test_finalize_checks_shapes_and_numbers_before_it_writes():
+    """Defends a model that is half finalized, and NaN that came after the last update."""
+    model = net()
+    pruner = Pruner(model, Rule(0.5))
+    pruner.prepare(inplace=True)
+    other = net()
+    other[3] = nn.Linear(32, 3)
+    with pytest.raises(ValueError, match=r"'3.weight' of shape \(3, 64\); got \(3, 32\)"):
+        pruner.finalize(other, inplace=True)
+    assert bool(other[0].weight.all())
+    with pytest.raises(ValueError, match=r"pass its \.module"):
+        pruner.finalize(torch.optim.swa_utils.AveragedModel(model))
+    with torch.no_grad():
+        model[3].weight[~pruner.masks["3.weight"]] = math.nan
+    with pytest.raises(NaNError, match=r"'3.weight'; got 96 NaN"):
+        pruner.finalize()
+
+
+@pytest.mark.parametrize(
+    ("selector", "names"),
+    [
+        ("*", ["0.weight", "2.weight"]),
+        ("*.weight", ["0.weight", "2.weight"]),
+        ("1", ["1.weight"]),
+        ("0.bias", ["0.bias"]),
+    ],
+)
+def test_globs_take_no_biases_and_no_norms(selector: str, names: list[str]):
+    """Defends layer norms and biases under "layers.*"; by their exact name they can be had."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    config = PruneConfig().set_module_name(selector, Rule(0.5))
+    assert list(resolve(model, config).module_name_configs) == names
+
+
+def test_models_without_anything_to_prune_say_why():
+    """Defends the reason: the config has a rule, but nothing that it is for."""
+    with pytest.raises(SelectionError, match=r"the global rule is not for 'weight' of Embedding"):
+        Pruner(nn.Embedding(4, 4), Rule(0.5))
+    wrapped = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    with pytest.raises(SelectionError, match="'original0' of"):
+        Pruner(wrapped, Rule(0.5))
+    with pytest.raises(SelectionError, match=r"'BatchNorm2d' matches nothing\. It is there"):
+        Pruner(nn.BatchNorm2d(4), PruneConfig().set_module_type("BatchNorm2d", Rule(0.5)))

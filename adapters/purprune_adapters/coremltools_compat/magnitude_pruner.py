@@ -106,7 +106,8 @@ class MagnitudePruner:
     def step(self) -> None:
         """Count one optimizer step, and prune more where the scheduler says so.
 
-        Call it after ``optimizer.step()``. Outside of training it warns and does nothing.
+        Call it after ``optimizer.step()``. Before prepare
+        and after finalize it warns and does nothing.
 
         Raises:
             NaNError: a weight holds NaN; step and masks stay as they were.
