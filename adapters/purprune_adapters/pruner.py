@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import purprune
-from purprune import Count, Plan, PruneConfig, Rule, SelectionError
+from purprune import Count, Plan, PruneConfig, Rule
 from purprune.config import as_config
 from purprune.ranking import refuse_nan
 from purprune_adapters.checkpoint import pack_state, unpack_state
+from purprune_adapters.checks import refuse_another_model, refuse_unfit_parameters
 from purprune_adapters.hooks import MaskStore, add_forward_hooks, remove_forward_hooks
 from purprune_adapters.inplace import zero_pruned_
 from purprune_adapters.report import Report, ReportRow
@@ -75,7 +76,7 @@ class Pruner:
         self._model = model
         self._owners = _owners(model, self._rules)
         self._optimizer = optimizer
-        self._refuse_unfit_parameters()
+        refuse_unfit_parameters(self._params(), optimizer)
         self._step = 0
         self._phase = "new"  # then "prepared", then "finalized"
         self._trained = False
@@ -198,7 +199,7 @@ class Pruner:
         self._require_prepared("finalize")
         chosen = self._model if model is None else model
         params = dict(chosen.named_parameters())
-        self._refuse_other_shapes(chosen, params)
+        refuse_another_model(chosen, params, self._store.masks)
         for name in self._rules:
             refuse_nan(params[name], f"the weight {name!r}")
         self._warn_unless_over()
@@ -285,44 +286,6 @@ class Pruner:
 
     def _after_optimizer(self, *_: Any) -> None:
         self._apply()
-
-    def _refuse_unfit_parameters(self) -> None:
-        params = self._params()
-        for name, param in params.items():
-            if param.is_meta:
-                raise SelectionError(
-                    f"Expected parameters with data; {name!r} is on the meta device. Load the "
-                    f"model's weights first; purprune.plan and resolve work without data."
-                )
-            if any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True)):
-                raise SelectionError(
-                    f"Expected parameters that can be written to; {name!r} is an expanded view. "
-                    f"Make it contiguous first."
-                )
-        if self._optimizer is None:
-            return
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        for name, param in params.items():
-            if param.requires_grad and id(param) not in held:
-                raise ValueError(
-                    f"Expected an optimizer that holds the model's parameters; it does not hold "
-                    f"{name!r}. Make it from model.parameters() of the model given to Pruner."
-                )
-
-    def _refuse_other_shapes(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
-        for name, mask in self._store.masks.items():
-            if name not in params:
-                inner = f"module.{name}" in params
-                raise ValueError(
-                    f"Expected a model with the parameters of the pruned one; got "
-                    f"{type(model).__name__} without {name!r}."
-                    + (" It wraps the model: pass its .module." if inner else "")
-                )
-            if params[name].shape != mask.shape:
-                raise ValueError(
-                    f"Expected {name!r} of shape {tuple(mask.shape)}; got "
-                    f"{tuple(params[name].shape)}."
-                )
 
     def _remove_handles(self) -> None:
         self._store.release()
