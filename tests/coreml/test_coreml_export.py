@@ -226,6 +226,40 @@ def test_names_of_inputs_and_outputs_can_be_chosen(tmp_path):
     assert list(evaluate_coreml(report.path, named)) == ["mixed"]
 
 
+class Crossed(nn.Module):
+    """Two inputs, and a value inside called h."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x, y):
+        h = torch.relu(self.a(x))
+        return self.b(h) + y
+
+
+@pytest.mark.parametrize("frontend", ["export", "trace"])
+def test_chosen_names_may_be_swapped_and_may_stand_inside_the_program(frontend, tmp_path):
+    """Renaming one after the other would merge x and y, and the output with a value inside."""
+    model, inputs = prune(Crossed(), 0.5), (torch.randn(2, 16), torch.randn(2, 16))
+    with torch.no_grad():
+        wanted = model(*inputs)
+    for output in ("h", "relu"):
+        report = export_coreml(
+            model,
+            inputs,
+            tmp_path / output,
+            input_names=["y", "x"],
+            output_names=[output],
+            frontend=frontend,
+        )
+        assert_good(report)
+        named = {"y": inputs[0], "x": inputs[1]}
+        found = evaluate_coreml(report.path, named)
+        assert list(found) == [output]
+        assert torch.allclose(found[output], wanted, atol=1e-2)
+
+
 def test_the_frontend_can_be_chosen_and_is_reported(tmp_path):
     """torch.export by default, tracing for RNNs and on demand."""
     model, inputs = digits_net(), torch.randn(1, 1, 28, 28)
@@ -305,9 +339,24 @@ def test_the_report_is_json_text_and_a_rich_table(tmp_path):
         assert "speed not measured" in text
         assert "4.weight" in text
         assert "18816/23520" in text
+        assert str(tmp_path) not in text
         if sys.platform != "darwin":
             assert "not run (needs macOS)" in text
     assert {"torch", "coremltools"} <= set(data["versions"])
+    mil_name = report.rows[1].mil_names[0]
+    assert mil_name in rich
+    assert mil_name not in str(report)
+    assert data["path"] == str(report.path)
+
+
+def test_the_text_of_the_report_fits_a_terminal_and_keeps_how_each_weight_was_matched(tmp_path):
+    """Words of any length stand below the table."""
+    model, inputs = build("residual")
+    text = str(export_coreml(model, inputs, tmp_path / "m"))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "matched scaled per output channel (batch norm 'b1' folded): c1.weight" in text
+    assert "matched as is: 1 of 4" in text
+    assert "skip.weight: sparse would take" in text
 
 
 def test_log_of_softmax_overflows_in_float16_and_the_report_names_the_cure(tmp_path):
@@ -394,4 +443,6 @@ def test_verification_alone_accepts_an_exported_package(tmp_path):
     again = verify_coreml(report.path, model)
     assert again.ok
     assert [row.zeros_stored for row in again.rows] == [row.zeros_stored for row in report.rows]
+    model, inputs = build("lstm")
+    report = export_coreml(model, inputs, tmp_path / "n", check=False)
     assert verify_coreml(report.path, dict(model.named_parameters())).ok

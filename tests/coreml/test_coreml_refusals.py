@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from coreml_models import digits_net
+from coreml_models import digits_net, prune
 from torch import nn
 
 from purprune_adapters.coreml import ExportError, VerificationError, export_coreml, verify_coreml
@@ -173,3 +173,103 @@ def test_verification_refuses_what_is_no_package(tmp_path):
 def test_verification_errors_are_export_errors():
     """One except clause catches both."""
     assert issubclass(VerificationError, ExportError)
+
+
+def test_impossible_interfaces_are_refused_before_the_conversion(refused):
+    """One name for an input and an output, or a name that a program can't have."""
+    refused(ValueError, "'x'", "input and an output", input_names=["x"], output_names=["x"])
+    refused(ValueError, "'a-b'", "letters", output_names=["a-b"])
+    refused(ValueError, "'1st'", "input_names", input_names=["1st"])
+    refused(ValueError, "'tensor'", "MIL", input_names=["tensor"])
+    refused(ValueError, "2 different output_names", "'p'", output_names=["p", "p"])
+    refused(TypeError, "output_names", "'out'", output_names="out")
+    refused(TypeError, "output_names", "3", output_names=[3])
+
+
+class Twice(nn.Module):
+    """Returns one tensor under two names, and another."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = prune(nn.Linear(16, 16), 0.5)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y, y, y + 1
+
+
+def test_names_for_a_tensor_that_is_returned_twice_are_refused(tmp_path):
+    """The program has one output for both, and one of the names would be lost."""
+    with pytest.raises(ValueError, match="returns one tensor twice"):
+        export_coreml(
+            Twice().eval(), torch.randn(1, 16), tmp_path / "m", output_names=["p", "q", "r"]
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_the_converter_gave_to_the_other_side_is_refused(tmp_path):
+    """The input is called x by the signature of forward."""
+    model = prune(nn.Sequential(nn.Linear(16, 16)), 0.5)
+    for frontend in ("export", "trace"):
+        with pytest.raises(ValueError, match="both would hold 'input'"):
+            export_coreml(
+                model, torch.randn(1, 16), tmp_path / "m", output_names=["input"], frontend=frontend
+            )
+    assert not list(tmp_path.iterdir())
+
+
+def test_operations_that_mil_does_not_have_are_refused_with_the_near_ones(refused):
+    """A misspelled one would keep nothing in float32; a bare text would be taken apart."""
+    refused(ValueError, "'sofmax'", "Did you mean 'softmax'", keep_float32=("softmax", "sofmax"))
+    refused(ValueError, "3", keep_float32=(3,))
+    refused(ValueError, "'placeholder'", keep_float32=("placeholder",))
+    refused(TypeError, "keep_float32", "('softmax',)", keep_float32="softmax")
+
+
+def test_types_of_inputs_do_not_go_with_torch_export(refused):
+    """They would be ignored."""
+    import coremltools as ct
+
+    inputs = [ct.TensorType(name="x", shape=(1, 1, 28, 28))]
+    with pytest.raises(ValueError, match="frontend='export'"):
+        export_coreml(
+            digits_net(), torch.randn(1, 1, 28, 28), "m", inputs=inputs, frontend="export"
+        )
+
+
+def test_paths_without_a_name_are_refused_before_any_work(refused):
+    """The parent folder, an unknown home, and a suffix alone."""
+    refused(ValueError, "name a package", path="..")
+    refused(ValueError, "home", "~nouser-of-that-name", path="~nouser-of-that-name/x")
+    refused(ValueError, "name a package", path=".mlpackage")
+    refused(ValueError, "name a package", path="folder/.mlpackage")
+
+
+class Talking(nn.Module):
+    """Returns a text beside its tensor."""
+
+    def __init__(self, *, mute=False):
+        super().__init__()
+        self.linear, self.mute = prune(nn.Linear(16, 16), 0.5), mute
+
+    def forward(self, x):
+        return ("nothing",) if self.mute else (self.linear(x), "text")
+
+
+def test_a_text_among_the_outputs_is_left_out(tmp_path):
+    """Taking it apart letter by letter never ends."""
+    report = export_coreml(Talking().eval(), torch.randn(1, 16), tmp_path / "m")
+    assert report.check.status == "passed"
+    with pytest.raises(ExportError, match="returns none"):
+        export_coreml(Talking(mute=True).eval(), torch.randn(1, 16), tmp_path / "n")
+
+
+def test_a_model_that_a_pruner_still_holds_is_refused(tmp_path):
+    """Defends against exporting a schedule's half-way weights by mistake."""
+    from purprune import Rule
+    from purprune_adapters import Pruner, export_coreml
+
+    pruner = Pruner(torch.nn.Linear(8, 8), Rule(0.5))
+    prepared = pruner.prepare().eval()
+    with pytest.raises(ValueError, match=r"Export what pruner\.finalize\(\) returns"):
+        export_coreml(prepared, torch.ones(1, 8), tmp_path / "net.mlpackage")

@@ -9,9 +9,9 @@ from .evaluate import UnknownOpError as UnknownOpError
 from .evaluate import evaluate_coreml as evaluate_coreml
 from .export import export_coreml as export_coreml
 from .numeric import NumericalCheck as NumericalCheck
+from .records import ParameterRecord as ParameterRecord
+from .records import Verification as Verification
 from .report import ExportReport as ExportReport
-from .verify import ParameterRecord as ParameterRecord
-from .verify import Verification as Verification
 from .verify import verify_coreml as verify_coreml
 
 __all__ = [

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from purprune.errors import near_misses
+from purprune_adapters.hooks import MaskHook
 
 from .storage import COMPRESSIONS
 
@@ -57,8 +61,15 @@ def check_options(
     compress: str | None,
     frontend: str,
     min_sparsity: float | None,
+    keep_float32: Any = (),
+    flexible: bool = False,
 ) -> None:
-    """Raise ValueError for an option outside its values, or one that the target can't have."""
+    """Raise for an option outside its values, or one that the target or another can't have.
+
+    Raises:
+        TypeError: ``keep_float32`` isn't a sequence of texts.
+        ValueError: everything else.
+    """
     if compress is not None:
         if compress not in COMPRESSIONS:
             known = ", ".join(repr(name) for name in COMPRESSIONS)
@@ -77,14 +88,38 @@ def check_options(
             raise ValueError(f"Expected {name} to be one of {words}; got {value!r}.")
     if min_sparsity is not None and not 0.0 <= min_sparsity <= 1.0:
         raise ValueError(f"Expected 0 <= min_sparsity <= 1 (or None); got {min_sparsity!r}.")
+    if flexible and frontend == "export":
+        raise ValueError(
+            "Expected inputs=None with frontend='export'; only tracing takes inputs. Pass "
+            "frontend='trace' or leave frontend out."
+        )
+    _check_operations(keep_float32)
+
+
+def _check_operations(keep: Any) -> None:
+    """Raise for anything but names of MIL operations; a misspelled one would keep nothing."""
+    if isinstance(keep, str) or not isinstance(keep, Sequence | Set):
+        raise TypeError(
+            f"Expected keep_float32 as a tuple of MIL operations, like ('softmax',); got {keep!r}."
+        )
+    builder = importlib.import_module("coremltools.converters.mil").Builder
+    made = {name: getattr(builder, name) for name in dir(builder) if name[0] != "_"}
+    # Operations are registered from elsewhere; the builder's own methods aren't operations.
+    known = [n for n, one in made.items() if callable(one) and one.__module__ != builder.__module__]
+    for name in keep:
+        if name not in known:
+            near = near_misses(name, known) if isinstance(name, str) else ""
+            raise ValueError(
+                f"Expected keep_float32 to name MIL operations, like 'softmax'; got {name!r}.{near}"
+            )
 
 
 def check_model(model: Any) -> None:
-    """Raise for anything that isn't a module in eval mode with materialized parameters.
+    """Raise for anything that isn't a finalized module in eval mode with materialized parameters.
 
     Raises:
         TypeError: not a module.
-        ValueError: in training mode, or on the meta device.
+        ValueError: in training mode, still held by a pruner, or on the meta device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected model as a torch.nn.Module; got {type(model).__name__}.")
@@ -94,6 +129,11 @@ def check_model(model: Any) -> None:
             raise ValueError(
                 f"Expected a model in eval mode; {where} ({type(module).__name__}) is in training "
                 "mode. Call model.eval() first: dropout and batch norm differ between the two."
+            )
+        if any(isinstance(hook, MaskHook) for hook in module._forward_pre_hooks.values()):
+            raise ValueError(
+                "Expected a finalized model; a pruner still holds this one. Export what "
+                "pruner.finalize() returns."
             )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:

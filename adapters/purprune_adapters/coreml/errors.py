@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .records import Verification
     from .report import ExportReport
-    from .verify import Verification
 
 __all__ = ["ExportError", "VerificationError"]
 

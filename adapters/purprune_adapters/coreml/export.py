@@ -17,11 +17,11 @@ from .checks import (
     resolve_target,
 )
 from .frontends import private_copy
+from .interface import Names
 from .numeric import NumericalCheck, check_numbers, reference_weights
 from .package import Package, folder_bytes
 from .paths import destination, staged
 from .pipeline import (
-    Names,
     Options,
     convert,
     dense_sizes,
@@ -89,9 +89,13 @@ def export_coreml(
             sparse whenever that is smaller.
         frontend: "auto" takes torch.export, and tracing when that fails; models with an RNN are
             traced first. "export" or "trace" takes that one.
-        inputs: ``coremltools.TensorType`` objects, for flexible shapes; implies tracing.
-        input_names, output_names: names in the package; None keeps the converter's.
-        strict: raise when a weight is missing or lost, or when the numbers differ. False reports.
+        inputs: ``coremltools.TensorType`` objects, for flexible shapes; implies tracing,
+            and can't go with frontend="export".
+        input_names, output_names: names in the package, of letters, digits and underscores, each
+            for one tensor; None keeps the converter's.
+        strict: raise when a weight is missing or lost, when it is scaled by factors that neither a
+            batch norm of the model nor a passed check accounts for, or when the numbers differ.
+            False reports.
         overwrite: replace an existing Core ML package.
         check: compare the saved program with torch on ``example_inputs``.
         compare_dense: report the size of the same package stored dense.
@@ -121,14 +125,16 @@ def export_coreml(
         compress=compress,
         frontend=frontend,
         min_sparsity=min_sparsity,
+        keep_float32=keep_float32,
+        flexible=inputs is not None,
     )
+    names = Names(input_names, output_names)
     check_model(model)
     params = dict(model.named_parameters(remove_duplicate=False))
     pruned = pruned_parameters(params, masks)
     example = as_inputs(example_inputs)
     check_weights(params, precision=precision)
     full = destination(path, overwrite=overwrite)
-    names = Names(input_names, output_names)
     options = Options(target, precision, tuple(keep_float32), compress, min_sparsity, frontend)
     with stages(progress, 4 if check else 3) as begin:
         begin("convert")
@@ -148,6 +154,7 @@ def export_coreml(
                 begin("check numbers")
                 reference_weights(copied, parts, precision=precision)
                 result, advice = check_numbers(package, copied, example)
+                verification = verification.confirmed() if result.passed else verification
             dense_bytes, dense_weight_bytes = dense_sizes(dense.model) if compare_dense else _NONE
             report = ExportReport(
                 path=full,

@@ -40,9 +40,11 @@ class Converted:
 
 
 def flatten(outputs: Any) -> list[Tensor]:
-    """The tensors of a nested output, depth first."""
+    """The tensors of a nested output, depth first; what else it holds, like texts, is left out."""
     if isinstance(outputs, Tensor):
         return [outputs]
+    if isinstance(outputs, str | bytes):  # each letter is a text again
+        return []
     if isinstance(outputs, dict):
         outputs = outputs.values()
     if isinstance(outputs, tuple | list) or hasattr(outputs, "__iter__"):

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from .layouts import Layout, count_nonzero, fingerprint, layouts, same, splits
 from .package import Stored
+from .scaling import RECOGNISED, scalings
 
 __all__ = ["Index", "Part", "find"]
 
 Array = NDArray[Any]
 
-#: A damaged weight is still recognised while this share of its entries fits.
-_RECOGNISED = 0.9
 # Half a unit in the last place, relative: what rounding to the type may change.
 _ROUNDING = {"float16": 2.0**-11, "float32": 2.0**-24}
 _SMALLEST = {"float16": 2.0**-25, "float32": 2.0**-150}
@@ -79,6 +78,11 @@ class Part:
     def exact(self) -> bool:
         """Whether it is the weight, rounded to the stored type and nothing else."""
         return self.scale is None and not self.stored.lossy and not self.damage
+
+    @property
+    def unexplained(self) -> bool:
+        """Whether its factors were read off the weights, and belong to nothing in the model."""
+        return self.scale is not None and self.norm is None
 
     def restored(self, weight: Array) -> Array:
         """The stored values in torch's order, without the scale (where it is zero: ``weight``)."""
@@ -150,59 +154,6 @@ def _exact(index: Index, weight: Tensor, rows: slice, taken: set[str]) -> list[P
             lost = survivors - count_nonzero(values)
             found.append(Part(stored, rows, layout, None, layout.name, underflowed=lost))
     return found
-
-
-def _scalings(
-    weight: Array, stored: Array, lossy: bool, scales: Mapping[str, Array]
-) -> Iterator[tuple[str | None, Array]]:
-    """Factors per output channel that could lead from a weight to a stored tensor.
-
-    First the model's own batch norms whose factors fit the largest entries of nine channels in
-    ten; then factors read off those entries, which a quantizer would blur. A transposed
-    convolution has its output channels along dim 1, once per group of input channels.
-    """
-    if weight.ndim < 2:
-        return
-    rows, columns = _ratio_rows(weight, stored), _ratio_columns(weight, stored, 1)
-    for axis, ratio in ((0, rows), (1, columns[:1])):
-        live = np.any(weight != 0, axis=tuple(i for i in range(weight.ndim) if i != axis))
-        for name, scale in scales.items():
-            if scale.size != weight.shape[axis]:
-                continue
-            near = np.isclose(ratio.reshape(-1), scale, rtol=0.25 if lossy else 2e-3, atol=1e-7)
-            if np.mean(near[live]) >= _RECOGNISED:
-                yield name, scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
-    if lossy:
-        return
-    yield None, rows
-    groups = [g for g in range(1, weight.shape[0] + 1) if weight.shape[0] % g == 0]
-    for g in groups[:8]:
-        yield None, _ratio_columns(weight, stored, g)
-
-
-def _ratio(weight: Array, stored: Array) -> Array:
-    """Row by row, stored / weight at the largest entry of the weight; 1 for rows of zeros."""
-    place = np.abs(weight).argmax(axis=1)[:, None]
-    top = np.take_along_axis(weight, place, axis=1)
-    low = np.take_along_axis(stored, place, axis=1)
-    return np.asarray(np.divide(low, top, out=np.ones_like(top), where=top != 0)[:, 0])
-
-
-def _ratio_rows(weight: Array, stored: Array) -> Array:
-    ratio = _ratio(weight.reshape(weight.shape[0], -1), stored.reshape(weight.shape[0], -1))
-    return ratio.reshape([-1] + [1] * (weight.ndim - 1))
-
-
-def _ratio_columns(weight: Array, stored: Array, groups: int) -> Array:
-    inputs, outputs = weight.shape[:2]
-
-    def flat(a: Array) -> Array:
-        cut = a.reshape(groups, inputs // groups, outputs, -1)
-        return np.moveaxis(cut, 1, 2).reshape(groups * outputs, -1)
-
-    ratio = _ratio(flat(weight), flat(stored)).reshape(groups, 1, outputs)
-    spread = np.broadcast_to(ratio, (groups, inputs // groups, outputs))
-    return spread.reshape([inputs, outputs] + [1] * (weight.ndim - 2))
 
 
 def _assess(part: Part, weight: Array, stored: Array, mask: Array) -> Part:
@@ -294,7 +245,7 @@ def _readings(
         if not stored.lossy and _recognised(plain, weight):
             return
     after = "" if layout.name == "as is" else f", {layout.name}"
-    for norm, scale in _scalings(weight, array, stored.lossy, scales):
+    for norm, scale in scalings(weight, array, stored.lossy, scales):
         if not stored.lossy and not _likely(weight, array, scale):
             continue
         which = f" (batch norm '{norm}' folded)" if norm else ""
@@ -321,7 +272,7 @@ def _likely(weight: Array, stored: Array, scale: Array | None) -> bool:
 
 def _recognised(part: Part, weight: Array) -> bool:
     """Whether so much fits that it must be this weight, damaged or not."""
-    return part.damage <= (1 - _RECOGNISED) * max(int(np.count_nonzero(weight)), 10)
+    return part.damage <= (1 - RECOGNISED) * max(int(np.count_nonzero(weight)), 10)
 
 
 def find(index: Index, weight: Tensor, *, exact: bool) -> list[Part]:

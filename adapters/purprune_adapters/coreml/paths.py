@@ -24,13 +24,20 @@ def package_path(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         TypeError: ``path`` is not a path.
-        ValueError: ``path`` has another suffix, or is empty.
+        ValueError: ``path`` has another suffix, no name, or an unknown home folder.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"Expected path as str or os.PathLike; got {type(path).__name__}.")
-    full = Path(path).expanduser()
-    if not full.name:
-        raise ValueError(f"Expected path to name a package; got {os.fspath(path)!r}.")
+    try:
+        full = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"Expected path below a home folder that exists; got {os.fspath(path)!r}: {error}"
+        ) from error
+    if full.name in ("", "..", SUFFIX):
+        raise ValueError(
+            f"Expected path to name a package, like 'net{SUFFIX}'; got {os.fspath(path)!r}."
+        )
     if full.suffix == "":
         full = full.with_name(full.name + SUFFIX)
     if full.suffix != SUFFIX:

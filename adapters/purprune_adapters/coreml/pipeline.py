@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from .errors import ExportError, VerificationError
 from .frontends import Converted, convert_dense, flatten
+from .interface import Names, check_features, rename_features
 from .matching import Part
 from .package import Package, folder_bytes
 from .quiet import quiet
+from .records import Verification
 from .report import ExportReport
 from .storage import compress_weights, store_sparse, why_dense
-from .verify import Hashes, Verification, batch_norm_scales, match, verify
+from .verify import Hashes, batch_norm_scales, match, matrices, verify
 
 __all__ = [
-    "Names",
     "Options",
     "convert",
     "dense_sizes",
@@ -48,14 +49,6 @@ class Options:
     compress: str | None
     min_sparsity: float | None
     frontend: str
-
-
-@dataclass(frozen=True)
-class Names:
-    """Names that the user gave to inputs and outputs; None keeps the converter's."""
-
-    inputs: Sequence[str] | None
-    outputs: Sequence[str] | None
 
 
 def upcast_notes(params: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -99,9 +92,11 @@ def convert(
         ("input_names", names.inputs, len(inputs)),
         ("output_names", names.outputs, len(outputs)),
     ):
-        if given is not None and (len(given) != count or len(set(given)) != count):
+        if given is not None and len(given) != count:
             raise ValueError(f"Expected {count} different {what}; got {list(given)!r}.")
-    return convert_dense(
+    if not outputs:
+        raise ExportError("Expected a model that returns tensors; it returns none.")
+    dense = convert_dense(
         coremltools,
         model,
         inputs,
@@ -112,6 +107,8 @@ def convert(
         types=list(types) if types is not None else None,
         input_names=names.inputs,
     )
+    check_features(dense.model.get_spec(), names)
+    return dense
 
 
 def sparsify(
@@ -173,14 +170,7 @@ def save(coremltools: Any, model: Any, path: Path, names: Names) -> None:
     with quiet() as captured:
         try:
             spec = model.get_spec()
-            pairs = [
-                *zip([f.name for f in spec.description.input], names.inputs or (), strict=False),
-                *zip([f.name for f in spec.description.output], names.outputs or (), strict=False),
-            ]
-            pairs = [(old, new) for old, new in pairs if old != new]
-            for old, new in pairs:
-                coremltools.utils.rename_feature(spec, old, new)
-            if pairs:
+            if rename_features(spec, names):
                 model = coremltools.models.MLModel(
                     spec, weights_dir=model.weights_dir, skip_model_load=True
                 )
@@ -201,11 +191,7 @@ def read_back(
     seen: Hashes,
 ) -> tuple[Verification, dict[str, list[Part]]]:
     """Verify the pruned weights; find the others too, so that the numbers compare tightly."""
-    others = {
-        name: tensor.detach()
-        for name, tensor in model.named_parameters(remove_duplicate=False)
-        if name not in weights and tensor.ndim >= 2 and tensor.is_floating_point()
-    }
+    others = matrices(dict(model.named_parameters(remove_duplicate=False)), weights)
     return verify(
         package,
         weights,

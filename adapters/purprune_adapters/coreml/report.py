@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from purprune.tables import text_table
+
 from .numeric import NumericalCheck
-from .verify import ParameterRecord, Verification
+from .records import ParameterRecord, Verification
 
 __all__ = ["ExportReport"]
 
-_HEAD = ("parameter", "zeros", "stored", "bytes", "of dense", "matched", "MIL names", "note")
+_HEAD = ("parameter", "zeros", "stored", "bytes", "of dense")
+_WIDTH = 100  # columns of the text below the table
 
 
 @dataclass(frozen=True)
@@ -87,32 +92,27 @@ class ExportReport:
         return json.dumps(self.as_dict(), indent=indent)
 
     def __str__(self) -> str:
-        """A plain text table and what was checked."""
-        rows = [_HEAD, *(_cells(row) for row in self.rows)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([self._title(), *lines, *self._facts()])
+        """A plain text table and what was checked; MIL names stand in ``as_dict()``."""
+        table = text_table(_HEAD, [_cells(row) for row in self.rows])
+        return "\n".join([self._title(), table, *self._notes(), *self._facts()])
 
     def __rich__(self) -> Any:
-        """The same as a rich table."""
+        """The same as a rich table, with MIL names."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
         table = Table(title=self._title(), title_justify="left")
-        for place, name in enumerate(_HEAD):
-            table.add_column(name, justify="right" if place in (1, 3, 4) else "left")
+        for place, name in enumerate((*_HEAD, "MIL names")):
+            table.add_column(name, justify="right" if 0 < place < len(_HEAD) else "left")
         for row in self.rows:
-            table.add_row(*(Text(cell) for cell in _cells(row)))
-        return Group(table, *(Text(line) for line in self._facts()))
+            cells = (*_cells(row), ", ".join(row.mil_names) or "-")
+            table.add_row(*(Text(cell) for cell in cells))
+        return Group(table, *(Text(line) for line in (*self._notes(), *self._facts())))
 
     def _title(self) -> str:
         joint = f" + {self.compress}" if self.compress else ""
-        return f"{self.path}  ({self.target}, {self.precision}{joint})"
+        return f"{self.path.name}  ({self.target}, {self.precision}{joint})"
 
     def _facts(self) -> list[str]:
         found = self.verification
@@ -121,7 +121,7 @@ class ExportReport:
             f"weights: {_size(self.weight_bytes, self.dense_weight_bytes)}",
             f"package: {_size(self.package_bytes, self.dense_package_bytes)}",
             f"read back: {verdict}",
-            f"numbers: {_numbers(self.check)}",
+            *_numbers(self.check),
             f"predict: {self.check.predict}",
             f"converted by {self.frontend}: {self.frontend_reason}",
             "versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()),
@@ -129,9 +129,32 @@ class ExportReport:
         ]
         return lines + [f"warning: {text}" for text in self.warnings]
 
+    def _notes(self) -> list[str]:
+        """How the parameters were matched, and what else there is to say of each."""
+        found = Counter(row.matched for row in self.rows if row.found)
+        lines = []
+        for how, count in found.items():
+            names = [row.name for row in self.rows if row.matched == how]
+            words = f"{count} of {len(self.rows)}" if how == "as is" else ", ".join(names)
+            lines.append(f"matched {how}: {words}")
+        said = [(row.name, _note(row)) for row in self.rows]
+        lines += [f"{name}: {note}" for name, note in said if note]
+        return [textwrap.fill(line, _WIDTH, subsequent_indent="  ") for line in lines]
+
 
 def _cells(row: ParameterRecord) -> tuple[str, ...]:
     share = row.bytes_stored / row.bytes_dense if row.bytes_dense else 0.0
+    return (
+        row.name,
+        f"{row.zeros_torch}/{row.entries}",
+        row.storage,
+        str(row.bytes_stored),
+        f"{share:.1%}" if row.found else "-",
+    )
+
+
+def _note(row: ParameterRecord) -> str:
+    """What isn't as in torch, and why something is dense; what is missing is told elsewhere."""
     counts = (
         ("lost", row.dropped),
         ("revived", row.revived),
@@ -145,18 +168,9 @@ def _cells(row: ParameterRecord) -> tuple[str, ...]:
         notes.append(f"max error {row.max_relative_error:.2g}")
     if row.shared_with:
         notes.append("shared with " + ", ".join(row.shared_with))
-    if row.reason:
+    if row.found and row.reason:
         notes.append(row.reason)
-    return (
-        row.name,
-        f"{row.zeros_torch}/{row.entries}",
-        row.storage,
-        str(row.bytes_stored),
-        f"{share:.1%}" if row.found else "-",
-        row.matched or "-",
-        ", ".join(row.mil_names) or "-",
-        "; ".join(notes),
-    )
+    return "; ".join(notes)
 
 
 def _size(now: int, dense: int | None) -> str:
@@ -165,11 +179,11 @@ def _size(now: int, dense: int | None) -> str:
     return f"{now} bytes, {now / dense:.1%} of {dense} dense"
 
 
-def _numbers(check: NumericalCheck) -> str:
-    if check.error is None:
-        return check.status
-    text = (
-        f"{check.status}; the saved program against torch in float32 arithmetic: largest error "
-        f"{check.error:.2g} of the scale {check.scale:.3g} (allowed {check.tolerance:g})"
-    )
-    return f"{text}; in declared precision {check.declared_error:.2g}"
+def _numbers(check: NumericalCheck) -> list[str]:
+    if check.error is None or not (check.passed or check.failed):
+        return [f"numbers: {check.status}"]
+    return [
+        f"numbers: {check.status}; the saved program against torch in float32 arithmetic:",
+        f"  largest error {check.error:.2g} of the scale {check.scale:.3g} (allowed "
+        f"{check.tolerance:g}); in declared precision {check.declared_error:.2g}",
+    ]

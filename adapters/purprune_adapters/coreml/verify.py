@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,116 +18,21 @@ from .frontends import BATCH_NORMS
 from .matching import Index, Part, find
 from .package import Package, Stored
 from .paths import package_path
+from .records import ParameterRecord, Verification
 from .storage import why_dense
 
-__all__ = ["ParameterRecord", "Verification", "verify_coreml"]
+__all__ = ["raise_if_damaged", "verify", "verify_coreml"]
 
 #: Hashes of torch weights that were computed before: see ``Index.seen``.
 Hashes = dict[tuple[int, int, str], int]
+#: The factor per channel of each batch norm, by its name.
+Scales = Mapping[str, NDArray[Any]]
 
-
-@dataclass(frozen=True)
-class ParameterRecord:
-    """What the saved package holds of one pruned parameter. All counts are entries, as ints.
-
-    Attributes:
-        name: the torch name.
-        shape: the torch shape.
-        mil_names: the names of the stored tensors; empty when none was found.
-        matched: how they were recognised: "as is", "transposed", "scaled per output channel ...".
-        storage: "dense", "sparse", "sparse + int8", ...; several joined by "/".
-        dtype: the type after decoding.
-        entries: entries of the parameter.
-        zeros_torch: its zeros in torch.
-        zeros_stored: its zeros in the package.
-        dropped: survivors lost; must be 0.
-        revived: pruned entries that aren't zero in the package; must be 0.
-        wrong: surviving entries whose stored value is another one; must be 0.
-        underflowed: survivors too small for the stored type.
-        rounded_to_zero: survivors that the quantizer or palette made zero.
-        scaled_to_zero: survivors of channels that a folded batch norm multiplies by zero.
-        bytes_stored: bytes of the weight file that it takes, masks included.
-        bytes_dense: bytes that it would take dense.
-        max_relative_error: largest difference over the largest magnitude; 0.0 is exact up to the
-            rounding to ``dtype``.
-        shared_with: other parameters stored in the same bytes.
-        reason: why something is dense, or why it wasn't found.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    mil_names: tuple[str, ...]
-    matched: str
-    storage: str
-    dtype: str
-    entries: int
-    zeros_torch: int
-    zeros_stored: int
-    dropped: int
-    revived: int
-    wrong: int
-    underflowed: int
-    rounded_to_zero: int
-    scaled_to_zero: int
-    bytes_stored: int
-    bytes_dense: int
-    max_relative_error: float
-    shared_with: tuple[str, ...] = ()
-    reason: str = ""
-
-    @property
-    def found(self) -> bool:
-        """Whether the package holds the parameter."""
-        return bool(self.mil_names)
-
-    @property
-    def problem(self) -> str:
-        """What is wrong, in words; empty when nothing is."""
-        if not self.found:
-            return "" if len(self.shape) < 2 else "not found in the package"
-        counts = (("lost", self.dropped), ("revived", self.revived), ("changed", self.wrong))
-        said = [f"{count} of {self.entries} entries {word}" for word, count in counts if count]
-        return ", ".join(said)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values that ``json`` can write."""
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {**plain, "found": self.found, "problem": self.problem}
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The result of reading a package back.
-
-    Attributes:
-        rows: one record per pruned parameter.
-        weight_bytes: bytes of all stored weights, shared ones once.
-        weight_bytes_dense: bytes of the same weights stored dense.
-    """
-
-    rows: tuple[ParameterRecord, ...]
-    weight_bytes: int
-    weight_bytes_dense: int
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """One line per parameter that is missing or differs."""
-        return tuple(f"'{row.name}': {row.problem}" for row in self.rows if row.problem)
-
-    @property
-    def ok(self) -> bool:
-        """Every pruned parameter was found, and none lost a weight."""
-        return not self.problems
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values that ``json`` can write."""
-        return {
-            "ok": self.ok,
-            "problems": list(self.problems),
-            "weight_bytes": self.weight_bytes,
-            "weight_bytes_dense": self.weight_bytes_dense,
-            "parameters": [row.as_dict() for row in self.rows],
-        }
+_UNEXPLAINED = "scaled by factors that nothing in the model explains"
+_NO_MODEL = (
+    "scaled by factors that the parameters alone don't explain; pass the model, which names its "
+    "batch norms"
+)
 
 
 def verify_coreml(
@@ -141,11 +46,12 @@ def verify_coreml(
 
     Args:
         path: the ``.mlpackage``.
-        model_or_params: the finalized model, or its parameters by name. Only a model tells which
-            batch norm was folded into which weight.
+        model_or_params: the finalized model, or its parameters by name. Only a model tells the
+            factors of a folded batch norm; without it, a folded weight is reported as a problem.
         masks: which entries survive (True), by parameter name; None counts every floating-point
             parameter of two or more dimensions that holds a zero as pruned.
-        strict: raise when a parameter is missing or lost a weight.
+        strict: raise when a parameter is missing, lost a weight, or is scaled by factors that no
+            batch norm of the model has.
 
     Returns:
         Verification: a record per pruned parameter.
@@ -160,12 +66,16 @@ def verify_coreml(
     """
     if isinstance(model_or_params, nn.Module):
         params: dict[str, Tensor] = dict(model_or_params.named_parameters(remove_duplicate=False))
-        scales = batch_norm_scales(model_or_params)
+        scales: Scales | None = batch_norm_scales(model_or_params)
     else:
-        params, scales = dict(model_or_params), {}
+        params, scales = dict(model_or_params), None
     check_weights(params)
     pruned = pruned_parameters(params, masks)
-    result, _ = verify(Package(package_path(path)), pruned, scales)
+    # A bias or a norm's weight may be folded; the weights of the layers tell into which.
+    small = any(tensor.ndim < 2 for tensor in pruned.values())
+    result, _ = verify(
+        Package(package_path(path)), pruned, scales, matrices(params, pruned) if small else None
+    )
     if strict:
         raise_if_damaged(result, result, str(path))
     return result
@@ -194,10 +104,19 @@ def batch_norm_scales(model: nn.Module) -> dict[str, NDArray[Any]]:
     return found
 
 
+def matrices(params: Mapping[str, Tensor], without: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The floating-point parameters of two or more dimensions, but for those in ``without``."""
+    return {
+        name: tensor.detach()
+        for name, tensor in params.items()
+        if name not in without and tensor.ndim >= 2 and tensor.is_floating_point()
+    }
+
+
 def match(
     stored: Iterable[Stored],
     weights: Mapping[str, Tensor],
-    scales: Mapping[str, NDArray[Any]],
+    scales: Scales,
     seen: Hashes | None = None,
 ) -> dict[str, list[Part]]:
     """The parts of each weight; exact ones first, so that no near match takes their place."""
@@ -220,31 +139,64 @@ def match(
 def verify(
     package: Package,
     weights: Mapping[str, Tensor],
-    scales: Mapping[str, NDArray[Any]],
+    scales: Scales | None,
     others: Mapping[str, Tensor] | None = None,
     *,
     min_sparsity: float | None = None,
     compress: str | None = None,
     seen: Hashes | None = None,
 ) -> tuple[Verification, dict[str, list[Part]]]:
-    """Match every pruned weight and describe what was found; ``others`` are matched only."""
+    """Match every pruned weight and describe what was found; ``others`` are matched only.
+
+    Without a model there are no ``scales`` (None).
+    """
     stored = package.stored()
-    parts = match(stored, {**weights, **(others or {})}, scales, seen)
-    rows = tuple(
-        _record(name, weight, parts, min_sparsity=min_sparsity, compress=compress)
-        for name, weight in weights.items()
-    )
+    parts = match(stored, {**weights, **(others or {})}, scales or {}, seen)
+    words = _NO_MODEL if scales is None else _UNEXPLAINED
+    rows = []
+    for name, weight in weights.items():
+        why = "" if parts[name] else _absent(name, weight, parts, scales or {})
+        row = _record(name, weight, parts, why, min_sparsity=min_sparsity, compress=compress)
+        free = any(part.unexplained for part in parts[name])
+        rows.append(replace(row, unexplained=words if free else ""))
     blobs: dict[tuple[str, Any], int] = {}
     for one in stored:
         blobs |= one.blobs
     dense = sum({tuple(s.blobs): s.numel * np.dtype(s.dtype).itemsize for s in stored}.values())
-    return Verification(rows, sum(blobs.values()), dense), parts
+    return Verification(tuple(rows), sum(blobs.values()), dense), parts
+
+
+def _absent(name: str, weight: Tensor, parts: Mapping[str, list[Part]], scales: Scales) -> str:
+    """Why a parameter may not be found, and what to do."""
+    module = name.rpartition(".")[0]
+    way_out = "leave it out of masks"
+    into = sorted(
+        f"'{other.rpartition('.')[0]}'"
+        for other, theirs in parts.items()
+        if any(part.norm == module for part in theirs)
+    )
+    if module in scales and into:
+        where = " and ".join(into)
+        return f"folded into layer {where}, where it can't be read back; {way_out}"
+    if weight.ndim < 2:
+        norms = {
+            f"'{part.norm}'"
+            for other, theirs in parts.items()
+            if other.rpartition(".")[0] == module
+            for part in theirs
+            if part.norm
+        }
+        if norms:
+            return f"merged with batch norm {' and '.join(sorted(norms))} into one bias; {way_out}"
+        return f"the converter may have merged it with another constant; {way_out}"
+    return f"no stored tensor holds its values: the forward pass may not use it; {way_out}"
 
 
 def _record(
     name: str,
     weight: Tensor,
     parts: Mapping[str, list[Part]],
+    absent: str,
     *,
     min_sparsity: float | None,
     compress: str | None,
@@ -278,7 +230,7 @@ def _record(
         if not s.sparse
     ]
     if not mine:
-        reasons = ["no stored tensor holds its values"]
+        reasons = [absent]
     return ParameterRecord(
         name=name,
         shape=tuple(weight.shape),
