@@ -37,6 +37,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/training.py
 
 docs: $(READY)  ## run every code block of the documentation
 	$(PYTEST) README.md docs purprune adapters/purprune_adapters

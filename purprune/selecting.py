@@ -224,7 +224,8 @@ def _bracketed(bits: Keys, keep: Bools, prev: Bools | None, k: int, make: KeyMak
     low, high = _bracket(bits, kept, share, make)
 
     def scan(starts: Sequence[int]) -> list[tuple[Any, Any, Any]]:
-        keys, flags = np.empty(_CHUNK, bits.dtype), np.empty(_CHUNK, np.bool_)
+        size = min(_CHUNK, n)
+        keys, flags = np.empty(size, bits.dtype), np.empty(size, np.bool_)
         found: list[tuple[Any, Any, Any]] = []
         for start in starts:
             part = _chunk(bits, kept, start, make, keys)
