@@ -95,7 +95,7 @@ def _mask(weight: Tensor, rule: Rule, context: ScoreContext, prev: Tensor | None
         weight = weight.resolve_neg()
     block, layout = unit_layout(name, rule, weight.shape)
     before = None if prev is None else _kept_units(prev, block, weight, name)
-    sparsity = _sparsity_at(name, rule, context.step)
+    sparsity = sparsity_at(name, rule, context.step)
     if sparsity == 0:  # no score is needed, nor a gradient
         refuse_nan(weight, f"the weight {name!r}")
         return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
@@ -124,7 +124,8 @@ def _ranked(
     return unit_scores(_scores(weight, rule, context), block, norm), not has_sign
 
 
-def _sparsity_at(name: str, rule: Rule, step: int) -> Fraction:
+def sparsity_at(name: str, rule: Rule, step: int) -> Fraction:
+    """Return the sparsity in force for a parameter; errors of its schedule name it."""
     try:
         return rule.sparsity_at(step)
     except ConfigError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from purprune.config import PruneConfig, Rule, as_config
 from purprune.errors import ConfigError
-from purprune.masks import check_step, unit_layout
+from purprune.masks import check_step, sparsity_at, unit_layout
 from purprune.ranking import count
 from purprune.selection import check_params, select
 from purprune.tables import skipped_text, text_table
@@ -136,7 +136,7 @@ def _sparsity(name: str, rule: Rule, step: int | None) -> Fraction:
             f"Expected a step for {name!r}, since its schedule is a callable, of which the end "
             f"is not known; got None."
         )
-    return rule.sparsity_at(at)
+    return sparsity_at(name, rule, at)
 
 
 def _planned(name: str, shape: torch.Size, rule: Rule, step: int | None) -> PlannedTensor:

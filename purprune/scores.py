@@ -9,7 +9,6 @@ of the weight, so nothing that it does to it is seen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -151,5 +150,3 @@ Score = Annotated[
     BeforeValidator(_named, json_schema_input_type=str | dict[str, Any]),
 ]
 """What a rule accepts as its score."""
-
-ScoreFunction = Callable[[Tensor, ScoreContext], Tensor]

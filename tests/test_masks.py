@@ -180,6 +180,7 @@ def test_apply_masks_clears_inf_nan_and_the_sign_of_zero():
             "apply_masks inside",
         ),
         (lambda: plan(W, Rule(schedule=lambda step: 0.5)), ConfigError, "Expected a step for 'w'"),
+        (lambda: plan(W, Rule(schedule=lambda step: 1.5), 0), ConfigError, "'w': .*got 1.5"),
     ],
 )
 def test_bad_input_raises_and_names_the_parameter(call, error, says):
