@@ -35,7 +35,8 @@ def count(units: int, sparsity: float | Fraction) -> int:
     >>> count(100, 0.29), count(95, 0.4), count(2**53 + 1, 0.5)
     (29, 38, 4503599627370496)
     """
-    return math.floor(units * exact(sparsity))
+    s = exact(sparsity)
+    return units * s.numerator // s.denominator
 
 
 def refuse_nan(tensor: Tensor, what: str) -> None:

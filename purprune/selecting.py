@@ -8,7 +8,8 @@ scratch that is used again. Three ways, by the size of a group:
 - rows: a partition finds the k-th of each row. Keys of up to 32 bits get their index as lower bits:
   that is the order itself, and a partition is slow where many keys are equal;
 - one large group: a sorted sample brackets the k-th key. One pass writes the mask above the
-  bracket and collects the few keys inside; only these are partitioned.
+  bracket and collects the few keys inside; only these are ranked. A sample that misleads costs
+  another pass and no bit.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ _CHUNK = 1 << 19
 _SMALL_GROUP = 16
 _BRACKET_FROM = 1 << 15
 """From this many keys on a bracket pays, and where keys are tied by far."""
-_SAMPLE = 1 << 15
-"""The sample is a 64th of the keys, but not larger than this."""
+_SAMPLE = 8
+"""Times the root of the number of keys is the size of the sample."""
+_FEW_VALUES = 1 << 16
+"""Between bounds as close as this values are counted instead of partitioned."""
 _GOLDEN = 0.6180339887498949
 """Multiples of it modulo 1 fall evenly: a sample without a stride that data could follow."""
 
@@ -107,9 +110,9 @@ def keep_all_but_lowest(
         bits, keep = bits.reshape(1, -1), keep.reshape(1, -1)
         prev = None if prev is None else prev.reshape(1, -1)
         lead = 1
-        whole = len(spans) == 1 and spans[0].size == bits.size >= _BRACKET_FROM
-        if whole and _bracketed(bits[0], keep[0], prev, spans[0].k, make):
-            return
+        if len(spans) == 1 and spans[0].size == bits.size >= _BRACKET_FROM:
+            one = None if prev is None else prev[0]
+            return _one_group(bits[0], keep[0], one, spans[0].k, make)
     at = max(range(lead), key=bits.shape.__getitem__)
     rows = max(1, _CHUNK * bits.shape[at] // max(bits.size, 1))
 
@@ -121,6 +124,7 @@ def keep_all_but_lowest(
             )
 
     in_threads(select, range(0, bits.shape[at], rows))
+    return None
 
 
 def _select_rows(
@@ -208,90 +212,156 @@ def _by_partition_and_ties(keys: Keys, k: int) -> Bools:
     return keep
 
 
-def _bracketed(bits: Keys, keep: Bools, prev: Bools | None, k: int, make: KeyMaker) -> bool:
-    """Select in one large group with one pass; False where the sample's bracket missed."""
-    n = bits.size
-    kept = None if prev is None else prev[0]
-    left = n if kept is None else np.count_nonzero(kept)
-    share = (k - (n - left)) / max(left, 1)  # of those that are not pruned yet
-    if share < 0:
-        return False
-    if share in (0, 1):  # nothing to rank, but NaN to find
-        for start in range(0, n, _CHUNK):
-            make(bits[start : start + _CHUNK], np.empty(min(_CHUNK, n - start), bits.dtype))
-        keep[...] = False if share else True if kept is None else kept
-        return True
-    low, high = _bracket(bits, kept, share, make)
+class _Chunk(NamedTuple):
+    """What one pass found in a chunk: how many are above the bracket, and what is inside."""
 
-    def scan(starts: Sequence[int]) -> list[tuple[Any, Any, Any]]:
-        size = min(_CHUNK, n)
-        keys, flags = np.empty(size, bits.dtype), np.empty(size, np.bool_)
-        found: list[tuple[Any, Any, Any]] = []
-        for start in starts:
-            part = _chunk(bits, kept, start, make, keys)
-            above = np.greater(part, high, out=keep[start : start + part.size])
-            inside = np.greater_equal(part, low, out=flags[: part.size])
-            np.not_equal(inside, above, out=inside)
-            if low == high:  # all ties: where they are is asked for where they end
-                found.append((np.count_nonzero(above), np.count_nonzero(inside), start))
+    start: int
+    above: int
+    inside: int
+    keys: Keys | None = None
+    at: NDArray[np.intp] | None = None
+
+
+class _Contest(NamedTuple):
+    """The ranking of one large group, in which only some units take part."""
+
+    bits: Keys
+    keep: Bools
+    among: Bools | None
+    """Which units take part; None: all."""
+    others: bool
+    """Whether the others stay."""
+    k: int
+    """How many of those that take part go."""
+    make: KeyMaker
+
+    def find(self, low: Any, high: Any) -> list[_Chunk]:
+        """Decide what is above the bracket, and find what is inside, in one pass."""
+
+        def scan(starts: Sequence[int]) -> list[_Chunk]:
+            size = min(_CHUNK, self.bits.size)
+            keys, flags = np.empty(size, self.bits.dtype), np.empty(size, np.bool_)
+            return [self._scan(start, low, high, keys, flags) for start in starts]
+
+        starts = range(0, self.bits.size, _CHUNK)
+        return [chunk for run in in_threads(scan, starts) for chunk in run]
+
+    def _scan(self, start: int, low: Any, high: Any, keys: Keys, flags: Bools) -> _Chunk:
+        part = self.keys(start, keys)
+        above = np.greater(part, high, out=self.keep[start : start + part.size])
+        inside = np.greater_equal(part, low, out=flags[: part.size])
+        np.not_equal(inside, above, out=inside)
+        if self.among is not None:
+            among = self.among[start : start + part.size]
+            above &= among
+            inside &= among
+        found = int(np.count_nonzero(above))
+        if self.among is not None and self.others:
+            np.greater_equal(above, among, out=above)  # above, or one of the others
+        if low == high:  # all ties: where they are is asked for where they end
+            return _Chunk(start, found, int(np.count_nonzero(inside)))
+        at = np.flatnonzero(inside)
+        return _Chunk(start, found, at.size, part[at], at)
+
+    def sample(self) -> Keys:
+        """Return the sorted keys of a few units, spread evenly."""
+        size = int(_SAMPLE * math.sqrt(self.bits.size))
+        at = (np.arange(size) * _GOLDEN % 1.0 * self.bits.size).astype(np.int64)
+        if self.among is not None:
+            at = at[self.among[at]]
+        keys = self.make(self.bits[at], np.empty(at.shape, self.bits.dtype))
+        keys.sort()
+        return keys
+
+    def keys(self, start: int, scratch: Keys) -> Keys:
+        """Return the keys of one chunk."""
+        part = self.bits[start : start + _CHUNK]
+        return self.make(part, scratch[: part.size])
+
+    def settle(self, found: Sequence[_Chunk], need: int, low: Any, high: Any) -> None:
+        """Keep what is inside, but for the first ``need`` by (key, index)."""
+        tie, go = low, need
+        if need and low < high:
+            keys = np.concatenate([chunk.keys for chunk in found if chunk.keys is not None])
+            tie = _kth(keys, need, low, high)
+            go -= int(np.count_nonzero(keys < tie))
+        for chunk in found:
+            keep = self.keep[chunk.start : chunk.start + _CHUNK]
+            if chunk.keys is not None and chunk.at is not None:
+                stay = chunk.keys >= tie
+                if go:
+                    first = np.flatnonzero(chunk.keys == tie)[:go]
+                    stay[first] = False
+                    go -= first.size
+                keep[chunk.at] = stay
+            elif go < chunk.inside:
+                keep[self._ties(chunk.start, tie)[go:]] = True
+                go = 0
             else:
-                at = np.flatnonzero(inside)
-                found.append((np.count_nonzero(above), part[at], at + start))
-        return found
+                go -= chunk.inside
 
-    starts = range(0, n, _CHUNK)
-    found = [row for rows in in_threads(scan, starts) for row in rows]
-    above_all = sum(row[0] for row in found)
-    if low == high:
-        need = k - (n - above_all - sum(row[1] for row in found))
-        return need >= 0 and _keep_late_ties(bits, keep, kept, need, low, found, make)
-    keys, at = (np.concatenate([row[i] for row in found]) for i in (1, 2))
-    need = k - (n - above_all - keys.size)
-    if not 0 <= need <= keys.size:
-        return False
-    keep[at[_all_but_lowest(keys.reshape(1, -1), need)[0]]] = True
-    return True
+    def _ties(self, start: int, tie: Any) -> NDArray[np.intp]:
+        """Return where in a chunk the keys are that equal ``tie``."""
+        scratch = np.empty(min(_CHUNK, self.bits.size), self.bits.dtype)
+        tied = self.keys(start, scratch) == tie
+        if self.among is not None:
+            tied &= self.among[start : start + tied.size]
+        return np.flatnonzero(tied)
 
 
-def _chunk(bits: Keys, kept: Bools | None, start: int, make: KeyMaker, scratch: Keys) -> Keys:
-    part = bits[start : start + _CHUNK]
-    keys = make(part, scratch[: part.size])
-    return keys if kept is None else make.put_first(keys, kept[start : start + _CHUNK])
+def _kth(keys: Keys, k: int, low: Any, high: Any) -> Any:
+    """Return the k-th lowest of keys between low and high: of few values by counting them."""
+    if int(high) - int(low) < _FEW_VALUES:
+        below = np.bincount(np.subtract(keys, low, dtype=np.int64)).cumsum()
+        return keys.dtype.type(low + np.searchsorted(below, k))
+    keys.partition(k - 1)
+    return keys[k - 1]
 
 
-def _bracket(bits: Keys, kept: Bools | None, share: float, make: KeyMaker) -> tuple[Any, Any]:
-    """Return two keys with that share of the unpruned ones below, but for bad luck (4 sigma)."""
-    size = min(max(bits.size // 64, 64), _SAMPLE)
-    at = (np.arange(size) * _GOLDEN % 1.0 * bits.size).astype(np.int64)
-    if kept is not None:
-        at = at[kept[at]]
-    sample = make(bits[at], np.empty(at.shape, bits.dtype))
-    sample.sort()
-    info = np.iinfo(sample.dtype)
-    margin = 4 * math.sqrt(at.size * share * (1 - share)) + 4
-    first, last = math.floor(share * at.size - margin), math.ceil(share * at.size + margin)
-    lowest = 0 if make.absolute else info.min + 1  # above everything that is pruned already
-    low = sample[first] if first >= 0 else sample.dtype.type(lowest)
-    high = sample[last] if last < at.size else sample.dtype.type(info.max)
-    return low, high
+def _one_group(bits: Keys, keep: Bools, prev: Bools | None, k: int, make: KeyMaker) -> None:
+    """Select in one large group: with one pass over it, or a few where the sample misleads."""
+    contest = _contest(bits, keep, prev, k, make)
+    units = bits.size if contest.among is None else int(np.count_nonzero(contest.among))
+    sample = contest.sample()
+    info = np.iinfo(bits.dtype)
+    least, most = int(info.min), int(info.max)  # between them the k-th is known to be
+    deviations = 4
+    while True:
+        low, high = _bracket(sample, contest.k / max(units, 1), deviations, least, most)
+        found = contest.find(low, high)
+        inside = sum(chunk.inside for chunk in found)
+        need = contest.k - (units - inside - sum(chunk.above for chunk in found))
+        if 0 <= need <= inside:
+            return contest.settle(found, need, low, high)
+        least, most = (least, int(low) - 1) if need < 0 else (int(high) + 1, most)
+        deviations *= 2
 
 
-def _keep_late_ties(
-    bits: Keys,
-    keep: Bools,
-    kept: Bools | None,
-    need: int,
-    tie: Any,
-    found: Sequence[tuple[Any, Any, Any]],
-    make: KeyMaker,
-) -> bool:
-    """Let the first ``need`` ties go and keep the others; False where there are not enough."""
-    scratch = np.empty(_CHUNK, bits.dtype)
-    for _, ties, start in found:
-        if need >= ties:
-            need -= ties
-            continue
-        keys = _chunk(bits, kept, start, make, scratch)
-        keep[start + np.flatnonzero(keys == tie)[need:]] = True
-        need = 0
-    return need == 0
+def _contest(bits: Keys, keep: Bools, prev: Bools | None, k: int, make: KeyMaker) -> _Contest:
+    """Say who takes part: the kept ones; where fewer may go than went, those that went."""
+    if prev is None:
+        return _Contest(bits, keep, None, False, k, make)
+    gone = bits.size - int(np.count_nonzero(prev))
+    if k >= gone:
+        return _Contest(bits, keep, prev, False, k - gone, make)
+    return _Contest(bits, keep, ~prev, True, k, make)
+
+
+def _bracket(
+    sample: Keys, share: float, deviations: float, least: int, most: int
+) -> tuple[Any, Any]:
+    """Return two keys with that share of all keys below the k-th between them, but for bad luck.
+
+    Where many keys are tied there, the bracket is a single key: nothing has to be collected.
+    """
+    size = sample.size
+    margin = deviations * (math.sqrt(size * share * (1 - share)) + 1)
+    first, last = math.floor(share * size - margin), math.ceil(share * size + margin)
+    low = max(least, int(sample[first])) if first >= 0 else least
+    high = min(most, int(sample[last])) if last < size else most
+    if low > high:  # the sample has nothing between the bounds
+        return sample.dtype.type(least), sample.dtype.type(most)
+    inside = np.searchsorted(sample, high, "right") - np.searchsorted(sample, low)
+    if inside > 4 * margin:
+        low = high = min(max(int(sample[min(int(share * size), size - 1)]), low), high)
+    return sample.dtype.type(low), sample.dtype.type(high)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -21,5 +23,16 @@ def in_threads(work: Callable[[Sequence[int]], T], starts: range) -> list[T]:
     if workers <= 1:
         return [work(starts)]
     share = -(-len(starts) // workers)
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(work, [starts[i : i + share] for i in range(0, len(starts), share)]))
+    first, *others = (starts[i : i + share] for i in range(0, len(starts), share))
+    pending = [_pool(os.getpid()).submit(work, run) for run in others]
+    try:
+        return [work(first), *(future.result() for future in pending)]
+    finally:
+        for future in pending:  # they write to what the caller owns
+            future.exception()
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Return the helpers of this process: a fork has none of its parent's threads."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="purprune")

@@ -7,6 +7,7 @@ strides and devices change no bit, since no reduction of a library takes part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from purprune.threads import in_threads
 
 _CHUNK = 1 << 18
 """Entries that are reduced at a time on the CPU, so that float64 scratch stays in the cache."""
+
+_SHORT = 16
+"""A loop over fewer neighbours costs more than what it does."""
 
 Array = Any  # numpy's or torch's: the arithmetic below is written once for both
 
@@ -58,9 +62,13 @@ def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
     source = (scores.float() if scores.dtype == torch.bfloat16 else scores).detach().numpy()
 
     def reduce(starts: Sequence[int]) -> None:
+        scratch = np.empty(0, np.float64)
         for start in starts:
             entries = slice(start * block[at], (start + step) * block[at])
-            terms = source[(slice(None),) * at + (entries,)].astype(np.float64)
+            part = source[(slice(None),) * at + (entries,)]
+            scratch = scratch if scratch.size >= part.size else np.empty(part.size, np.float64)
+            terms = scratch[: part.size].reshape(part.shape)
+            np.copyto(terms, part)
             into = (slice(None),) * at + (slice(start, start + step),)
             out[into] = _reduced(terms, block, norm, exponent)
 
@@ -75,7 +83,7 @@ def _exponent(scores: Tensor) -> int:
 
 
 def _reduced(terms: Array, block: Sequence[int], norm: Norm, exponent: int) -> Array:
-    """Reduce fresh terms, which are overwritten."""
+    """Reduce terms, which are overwritten."""
     if norm == "l1":
         terms = abs(terms)
     elif norm == "l2":
@@ -105,16 +113,23 @@ def _sum_units(terms: Array, dim: int, size: int) -> Array:
 
 def _fold(terms: Array, dim: int, size: int) -> Array:
     """Add halves until one term is left; the odd one is added to the first."""
-    shape = terms.shape
+    shape, behind = terms.shape, math.prod(terms.shape[dim + 1 :])
     terms = terms.reshape(*shape[:dim], shape[dim] // size, size, *shape[dim + 1 :])
     lead = (slice(None),) * (dim + 1)
-    while (n := terms.shape[dim + 1]) > 1:
-        half = n // 2
+    while size > 1 and size * behind > _SHORT:
+        half = size // 2
         sums = terms[(*lead, slice(0, half))] + terms[(*lead, slice(half, 2 * half))]
-        if n % 2:
-            sums[(*lead, 0)] += terms[(*lead, n - 1)]
-        terms = sums
-    return terms[(*lead, 0)]
+        if size % 2:
+            sums[(*lead, 0)] += terms[(*lead, size - 1)]
+        terms, size = sums, half
+    few = [terms[(*lead, i)] for i in range(size)]
+    while len(few) > 1:  # the same sums, in loops over units instead of their terms
+        half = len(few) // 2
+        added = [few[i] + few[i + half] for i in range(half)]
+        if len(few) % 2:
+            added[0] += few[-1]
+        few = added
+    return few[0]
 
 
 def spread(keep: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -127,7 +142,12 @@ def spread(keep: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
     whole = [b * g for b, g in zip(block, grid, strict=True)]
     cut = tuple(slice(n) for n in shape)
     if keep.device.type == "cpu":  # numpy asks for huge pages
-        tiles = np.broadcast_to(keep.numpy().reshape(single), pairs)
-        entries = np.ascontiguousarray(tiles.reshape(whole)[cut])
-        return torch.from_numpy(entries if entries.flags.writeable else entries.copy())
+        tiles = np.empty(pairs, dtype=np.bool_)
+        flags = keep.numpy().reshape(single)
+        if block[-1] <= _SHORT:
+            for i in range(block[-1]):
+                tiles[..., i] = flags[..., 0]
+        else:
+            tiles[...] = flags
+        return torch.from_numpy(np.ascontiguousarray(tiles.reshape(whole)[cut]))
     return keep.reshape(single).expand(pairs).reshape(whole)[cut].contiguous()

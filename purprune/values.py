@@ -46,7 +46,12 @@ def exact(s: float | Fraction) -> Fraction:
         raise ConfigError(f"Expected a sparsity as a float or a Fraction; got {s!r}.")
     if not math.isfinite(s):
         raise ConfigError(f"Expected a finite sparsity; got {s!r}.")
-    return Fraction(str(s.item() if isinstance(s, np.float64) else s))
+    return _decimal(s.item() if isinstance(s, np.float64) else s)
+
+
+@functools.lru_cache(maxsize=1024, typed=True)  # networks of many small tensors ask often
+def _decimal(s: Any) -> Fraction:
+    return Fraction(str(s))
 
 
 def _as_sparsity(s: Any) -> float | Fraction:

@@ -37,7 +37,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make chunks, samples and brackets so small that small tensors have many."""
     monkeypatch.setattr(selecting, "_CHUNK", 16)
     monkeypatch.setattr(selecting, "_BRACKET_FROM", 32)
-    monkeypatch.setattr(selecting, "_SAMPLE", 24)
+    monkeypatch.setattr(selecting, "_SAMPLE", 3)
     monkeypatch.setattr(units, "_CHUNK", 16)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -93,9 +93,43 @@ def test_the_bracket_really_is_used(monkeypatch: pytest.MonkeyPatch):
     """Defends the test above: with the partition switched off, brackets alone give the mask."""
     w = torch.randn(4000, generator=torch.Generator().manual_seed(0)).view(80, 50)
     expected = compute_masks({"w": w}, 0, Rule(0.8))["w"]
-    monkeypatch.setattr(selecting, "_SAMPLE", 512)
+    monkeypatch.setattr(selecting, "_SAMPLE", 8)
     monkeypatch.setattr(selecting, "_select_rows", None)
     assert torch.equal(compute_masks({"w": w}, 0, Rule(0.8))["w"], expected)
+
+
+@pytest.mark.parametrize("s", [0.0, 0.01, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("with_prev", [None, 0.2, 0.95])
+def test_a_sample_that_misleads_costs_time_and_no_bit(monkeypatch, s, with_prev):
+    """Defends the passes after a miss, also where fewer may go than went before."""
+    monkeypatch.setattr(selecting, "_GOLDEN", 0.0)  # the first unit, again and again
+    w = torch.randn(999, generator=torch.Generator().manual_seed(0))
+    gone = None if with_prev is None else np.random.default_rng(0).random(999) < with_prev
+    prev = None if gone is None else torch.from_numpy(~gone)
+    k = math.floor(999 * s)
+    make, bits = KeyMaker(True, 0x7F800000), w.view(torch.int32)
+    got = _by_selecting(bits, Layout((0,), 0), [Span(0, 999, 999, k)], prev, make)
+    assert np.array_equal(got, _expected(w.abs().numpy(), k, gone))
+
+
+@pytest.mark.parametrize("edge", [-3, -1, 0, 1, 3])
+def test_few_units_are_collected_where_half_of_them_are_tied(monkeypatch, edge):
+    """Defends the memory: ties at the edge of the bracket are counted and not collected."""
+    n = 40_000
+    monkeypatch.setattr(selecting, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(selecting, "_SAMPLE", 8)
+    collected = []
+    kth = selecting._kth
+    monkeypatch.setattr(
+        selecting, "_kth", lambda keys, *rest: (collected.append(keys.size), kth(keys, *rest))[1]
+    )
+    w = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    w[::2] = 0.0
+    k = n // 2 + edge
+    make, bits = KeyMaker(True, 0x7F800000), w.view(torch.int32)
+    got = _by_selecting(bits, Layout((0,), 0), [Span(0, n, n, k)], None, make)
+    assert np.array_equal(got, _expected(w.abs().numpy(), k, None))
+    assert sum(collected) < n // 4
 
 
 def test_chunks_really_are_shared_among_threads(monkeypatch: pytest.MonkeyPatch):
@@ -105,7 +139,7 @@ def test_chunks_really_are_shared_among_threads(monkeypatch: pytest.MonkeyPatch)
     for rule in rules:
         compute_masks({"w": w}, 0, rule)
         with monkeypatch.context() as patch:
-            patch.setattr(threads, "ThreadPoolExecutor", None)
+            patch.setattr(threads, "_pool", None)
             with pytest.raises(TypeError):
                 compute_masks({"w": w}, 0, rule)
 
