@@ -16,6 +16,7 @@ import purprune
 from purprune import Count, Plan, PruneConfig, Rule
 from purprune.config import as_config
 from purprune.ranking import refuse_nan
+from purprune_adapters.activity import Activity
 from purprune_adapters.checkpoint import pack_state, unpack_state
 from purprune_adapters.checks import refuse_another_model, refuse_unfit_parameters
 from purprune_adapters.hooks import MaskStore, add_forward_hooks, remove_forward_hooks
@@ -80,6 +81,7 @@ class Pruner:
         self._step = 0
         self._phase = "new"  # then "prepared", then "finalized"
         self._trained = False
+        self._activity = Activity()
         self._store = MaskStore(uuid.uuid4().hex, mask_gradients)
         self._handles: list[Any] = []
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
@@ -158,6 +160,7 @@ class Pruner:
         self._step, self._loaded = step, None
         self._store.masks.update(masks)
         self._apply()
+        self._activity.start(self._params())
         add_forward_hooks(self._model, self._store, self._rules)
         if self._optimizer is not None:
             self._handles.append(self._optimizer.register_step_post_hook(self._after_optimizer))
@@ -175,13 +178,14 @@ class Pruner:
         """
         self._require_prepared("step")
         step = self._step + 1
-        self._trained = self._trained or self._optimizer is not None or self._has_changed()
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:
             self._store.masks.update(self._compute(step, due, self._store.masks))
+        self._activity.count(self._params())
         self._step = step
         # An attached optimizer left everything masked; what nobody wrote to since is not read.
         self._apply(only_changed=not due and self._optimizer is not None)
+        self._activity.leave(self._params())
 
     def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
         """Return a model with the zeros baked in and no trace of pruning.
@@ -281,9 +285,6 @@ class Pruner:
         for name, param in self._params().items():
             apply(name, param)
 
-    def _has_changed(self) -> bool:
-        return any(self._store.changed(name, param) for name, param in self._params().items())
-
     def _after_optimizer(self, *_: Any) -> None:
         self._apply()
 
@@ -303,7 +304,8 @@ class Pruner:
             )
 
     def _warn_unless_over(self) -> None:
-        if self._step > 1 and not self._trained:  # one step alone prunes once, without training
+        trained = self._trained or self._activity.trained(self._params(), self._store.masks)
+        if self._step > 1 and not trained:  # one step alone prunes once, without training
             warnings.warn(
                 f"step() was called {self._step} times, but no pruned weight ever changed in "
                 f"between. Is the optimizer made from the parameters of the model that prepare() "
