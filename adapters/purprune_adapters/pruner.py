@@ -18,7 +18,11 @@ from purprune.config import as_config
 from purprune.ranking import refuse_nan
 from purprune_adapters.activity import Activity
 from purprune_adapters.checkpoint import pack_state, unpack_state
-from purprune_adapters.checks import refuse_another_model, refuse_unfit_parameters
+from purprune_adapters.checks import (
+    refuse_another_model,
+    refuse_two_pruners,
+    refuse_unfit_parameters,
+)
 from purprune_adapters.hooks import MaskStore, add_forward_hooks, remove_forward_hooks
 from purprune_adapters.inplace import zero_pruned_
 from purprune_adapters.report import Report, ReportRow
@@ -138,6 +142,8 @@ class Pruner:
 
         Raises:
             NaNError: a weight holds NaN; nothing is changed then.
+            ValueError: another pruner masks one of the parameters, or the optimizer would train
+                another model than the copy.
         """
         if self._phase != "new":
             warnings.warn(
@@ -151,6 +157,7 @@ class Pruner:
                 "Expected prepare(inplace=True) with optimizer=..., which holds the parameters of "
                 "this model; a deepcopy would train without it."
             )
+        refuse_two_pruners(self._model, self._params(), self._store.token)
         step, masks = self._loaded or (0, None)
         if masks is None:
             masks = self._compute(0, self._rules, {})

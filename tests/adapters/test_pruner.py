@@ -643,7 +643,10 @@ def test_float8_and_expanded_parameters_are_pruned_or_refused_by_name():
     model = nn.Linear(4, 4, bias=False)
     model.weight = nn.Parameter(torch.randn(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
     for pattern in (Unstructured(), Channel()):
-        Pruner(model, Rule(0.5, pattern=pattern)).prepare(inplace=True)
+        Pruner(model, Rule(0.5, pattern=pattern)).prepare()
+    pruner = Pruner(model, Rule(0.5))
+    pruner.prepare(inplace=True)
+    pruner.finalize(inplace=True)
     assert int((model.weight.float() == 0).sum()) >= 8
     model.weight = nn.Parameter(torch.ones(1, 4).expand(4, 4))
     with pytest.raises(SelectionError, match="'weight' is an expanded view"):
