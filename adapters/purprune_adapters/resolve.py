@@ -21,6 +21,7 @@ from purprune.selection import (
     refuse_nothing,
     refuse_unused,
 )
+from purprune_adapters.computed import computed_weights, refuse_computed
 
 SUPPORTED: Mapping[type[nn.Module], str] = {
     nn.Linear: "weight",
@@ -117,10 +118,13 @@ class _Search:
         self.params = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self.names = NameMatcher(config.module_name_configs)
         self.unused_types = set(config.module_type_configs)
+        self.computed = computed_weights(model)
 
     def find(self, name: str, param: Tensor) -> _Found:
         """Return the rule for one name of a parameter."""
         dims = 0 if is_lazy(param) else param.dim()
+        if name in self.computed and not self._is_spelt_out(name, dims):
+            return self._find_computed(name, param)
         types = [self._type_selector(*holder, dims) for holder in self._holders(name)]
         found = self.names.match(name, dims)
         if found and not (found.distance > 1 and self._fits(NAMED_ONLY, name)):
@@ -134,6 +138,25 @@ class _Search:
         if self._fits(SUPPORTED, name, rule.param_name):
             return _Found(rule, "global_config", 0)
         return _Found(None, f"the global rule is not for {leaf!r} of {type(owner).__name__}", -1)
+
+    def _is_spelt_out(self, name: str, dims: int) -> bool:
+        """Tell whether a selector means this very parameter, and not the weight made of it."""
+        found = self.names.match(name, dims)
+        if found is None:
+            return False
+        rule = self.config.module_name_configs[found.selector]
+        named = found.distance == 0 and name.rpartition(".")[2] in found.selector
+        return named or (rule is not None and rule.param_name is not None)
+
+    def _find_computed(self, name: str, param: Tensor) -> _Found:
+        """Return the rule for the weight that is computed from a parameter, or refuse it."""
+        item = self.computed[name]
+        found = self.find(item.weight, param)
+        if found.rule is not None and not item.carrier:
+            return _Found(None, f"{item.weight!r} is computed from it", -1)
+        if found.rule is not None and not item.zeros_stay:
+            refuse_computed(name, item, found.why)
+        return found
 
     def _holders(self, name: str) -> Iterator[tuple[nn.Module, str]]:
         """Yield the module that owns the parameter, behind an attention that reads it itself."""
@@ -177,7 +200,8 @@ class _Search:
 
     def refuse_unused(self) -> None:
         """Raise when a selector matched nothing."""
-        refuse_unused(self.names.unused, "module_name_configs", known_names(self.params))
+        known = [*self.params, *(item.weight for item in self.computed.values())]
+        refuse_unused(self.names.unused, "module_name_configs", known_names(known))
         kinds = dict.fromkeys(type(module).__name__ for module in self.modules.values())
         refuse_unused(self.unused_types, "module_type_configs", kinds)
 
