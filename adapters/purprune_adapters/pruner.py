@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # as torch.optim does: it imports the compiler late
 
 import purprune
 from purprune import Count, Plan, PruneConfig, Rule
@@ -174,6 +175,7 @@ class Pruner:
         self._phase = "prepared"
         return self._model
 
+    @_disable_dynamo  # counting and ranking are no graphs; around them all may be compiled
     def step(self) -> None:
         """Count one optimizer step: renew the masks where the schedule says so, and apply them.
 
@@ -292,6 +294,7 @@ class Pruner:
         for name, param in self._params().items():
             apply(name, param)
 
+    @_disable_dynamo
     def _after_optimizer(self, *_: Any) -> None:
         self._apply()
 
