@@ -77,8 +77,17 @@ def train(call, model: nn.Module, pruner: Pruner, optimizer=None, steps: int = 7
         pruner.step()
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["compiled after prepare", "before"])
-@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "a layer alone"])
+@pytest.mark.parametrize(
+    ("how", "before"),
+    [
+        ("torch.compile", False),
+        ("model.compile", True),
+        pytest.param("torch.compile", True, marks=pytest.mark.slow),
+        pytest.param("model.compile", False, marks=pytest.mark.slow),
+        pytest.param("a layer alone", False, marks=pytest.mark.slow),
+        pytest.param("a layer alone", True, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_training_is_masked_and_compiled_once(how: str, before: bool):
     """Defends fullgraph=True, one compilation for all masks, and the weights of eager training."""
     model = net()
@@ -124,7 +133,7 @@ def test_inductor_trains_pruned_too():
 
 
 @pytest.mark.parametrize("attached", [False, True], ids=["alone", "optimizer attached"])
-@pytest.mark.parametrize("width", [16, 400], ids=["small", "in chunks"])
+@pytest.mark.parametrize("width", [16, pytest.param(400, marks=pytest.mark.slow)])
 def test_a_compiled_optimizer_step_leaves_zeros(attached: bool, width: int):
     """Defends torch.compile(optimizer.step): its writes are counted, and the hook is no graph."""
     torch.manual_seed(0)
@@ -146,7 +155,7 @@ def test_a_compiled_optimizer_step_leaves_zeros(attached: bool, width: int):
     assert bool(moved) is not attached
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["step() outside", "step() inside"])
+@pytest.mark.parametrize("inside", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_whole_training_step_may_be_compiled(inside: bool):
     """Defends one function for forward, backward and both steps: the pruner stays eager in it."""
     model, twin = net(), net()
@@ -177,7 +186,14 @@ def test_a_whole_training_step_may_be_compiled(inside: bool):
         assert torch.allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "of a Sequential"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "model.compile",
+        pytest.param("torch.compile", marks=pytest.mark.slow),
+        pytest.param("of a Sequential", marks=pytest.mark.slow),
+    ],
+)
 def test_weights_loaded_between_steps_are_masked_by_the_next_step_at_the_latest(how: str):
     """Defends the limit that is documented: a whole graph reads what was loaded."""
     model = net()
@@ -205,7 +221,7 @@ def test_weights_loaded_between_steps_are_masked_by_the_next_step_at_the_latest(
     assert unmasked() == 0
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("finalized", [False, True])
 def test_exported_programs_have_the_zeros(strict: bool, finalized: bool):
     """Defends torch.export of a model in training and of a finalized one."""
