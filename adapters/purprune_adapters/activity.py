@@ -51,7 +51,7 @@ class Activity:
                 f"step() was called {self.moved + self.still} times, but the pruned weights had "
                 f"changed before {self.moved} of these calls only. Call it once after each "
                 f"optimizer.step(), not after each batch: it moves the schedule on.",
-                stacklevel=3,
+                stacklevel=5,  # over step() and the two frames that keep it out of graphs
             )
 
     def trained(self, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> bool:

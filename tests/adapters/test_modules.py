@@ -412,3 +412,19 @@ def test_finalize_leaves_the_hooks_of_others():
     final(torch.ones(2, 8)).sum().backward()
     assert seen == ["after", "before", "forward", "gradient", "accumulated"]
     assert bool(final[0].weight.grad.all()), "ours is gone"
+
+
+def test_a_conversion_that_swaps_parameters_is_refused_by_torch_after_prepare():
+    """Defends the limit that is documented: torch swaps no tensor that is referred to weakly."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    pruner = Pruner(model, Rule(0.5))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+        pruner.prepare(inplace=True)
+        with pytest.raises(RuntimeError, match=r"Couldn't swap Linear\.weight"):
+            model.to(torch.float32)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model[0].weight.dtype == torch.float64
+    assert pruner.report().total.zeros == 32

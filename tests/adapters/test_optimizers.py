@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from purprune import PolynomialDecay, PruneConfig, Rule
+from purprune import NaNError, PolynomialDecay, PruneConfig, Rule
 from purprune_adapters import Pruner
 
 Params = Iterable[nn.Parameter]
@@ -379,3 +379,26 @@ def test_an_optimizer_of_the_model_before_the_copy_is_found_at_the_end(name: str
         pruner.step()
     with pytest.warns(UserWarning, match="no pruned weight ever changed"):
         pruner.finalize()
+
+
+@pytest.mark.parametrize(
+    ("eps", "dtype"), [(0.0, torch.float32), (1e-8, torch.float16)], ids=["eps 0", "float16"]
+)
+def test_zero_by_zero_at_pruned_entries_is_written_over_by_an_attached_optimizer(eps, dtype):
+    """Defends 0 / (sqrt(0) + eps) where eps is 0 in the weight's numbers; alone it is found."""
+    for attached in (True, False):
+        model = net().to(dtype)
+        optimizer = optim.Adam(model.parameters(), 0.01, eps=eps)
+        pruner = Pruner(model, RULE, optimizer=optimizer if attached else None)
+        pruner.prepare(inplace=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 12, dtype=dtype)).square().sum().backward()
+            optimizer.step()
+            if not attached:
+                with pytest.raises(NaNError, match=r"'0\.weight'"):
+                    pruner.step()
+                break
+            pruner.step()
+            assert not any(bool(p.isnan().any()) for p in model.parameters())
+            assert count_unmasked(pruner) == 0
