@@ -8,13 +8,34 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from purprune_adapters.inplace import zero_pruned_
+
+
+class Seen(NamedTuple):
+    """A tensor as it stood at some time: torch counts the writes to it."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    address: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Seen:
+        """Remember a tensor as it stands now."""
+        return cls(weakref.ref(tensor), tensor._version, tensor.data_ptr())
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Tell whether this is the tensor, not written to since, and with the same memory."""
+        return (
+            self.tensor() is tensor
+            and self.version == tensor._version
+            and self.address == tensor.data_ptr()
+        )
 
 
 class MaskStore:
@@ -26,11 +47,19 @@ class MaskStore:
         self.mask_gradients = mask_gradients
         self.masks: dict[str, Tensor] = {}
         self._hooked: dict[str, tuple[weakref.ref[Tensor], Any]] = {}
-        self._clean: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
+        self._clean: dict[str, Seen] = {}
+        self._clean_gradients: dict[str, Seen] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is known of parameters: a copy has parameters of its own."""
-        return {**self.__dict__, "_clean": {}, "_hooked": {}}
+        return {**self.__dict__, "_clean": {}, "_clean_gradients": {}, "_hooked": {}}
+
+    def renew(self, masks: Mapping[str, Tensor]) -> None:
+        """Take new masks; what was known of the old ones is forgotten."""
+        self.masks.update(masks)
+        for name in masks:
+            self._clean.pop(name, None)
+            self._clean_gradients.pop(name, None)
 
     def mask_for(self, name: str, tensor: Tensor) -> Tensor:
         """Return the mask on the tensor's device, moved there once when the model moved."""
@@ -43,8 +72,24 @@ class MaskStore:
         """Write zeros into the parameter, and remember that it is clean."""
         self._hook_gradient(name, param)
         zero_pruned_(param, self.mask_for(name, param))
+        self.is_clean_now(name, param)
+
+    def is_clean_now(self, name: str, param: Tensor) -> None:
+        """Remember that the parameter is masked as it stands."""
         if not param.is_inference():  # of these torch does not count the writes
-            self._clean[name] = (weakref.ref(param), _state(param))
+            self._clean[name] = Seen.of(param)
+
+    def mask_gradient_(self, name: str, param: Tensor) -> None:
+        """Write zeros into the gradient, and remember it; sparse gradients are left alone."""
+        grad = param.grad
+        if grad is not None and grad.layout is torch.strided:
+            zero_pruned_(grad, self.mask_for(name, grad))
+            self._clean_gradients[name] = Seen.of(grad)
+
+    def has_masked_gradient(self, name: str, param: Tensor) -> bool:
+        """Tell whether the gradient was masked, and nobody wrote to it since."""
+        known, grad = self._clean_gradients.get(name), param.grad
+        return known is not None and grad is not None and known.is_still(grad)
 
     def apply_if_changed_(self, name: str, param: Tensor) -> None:
         """Write zeros unless neither the parameter nor its mask changed since the last time."""
@@ -55,7 +100,7 @@ class MaskStore:
     def changed(self, name: str, param: Tensor) -> bool:
         """Tell whether the parameter was written to, or is another one, since it was masked."""
         known = self._clean.get(name)
-        return known is None or known[0]() is not param or known[1] != _state(param)
+        return known is None or not known.is_still(param)
 
     def _hook_gradient(self, name: str, param: Tensor) -> None:
         """Hook the gradient of a parameter that is new here, or that may be trained now."""
@@ -72,11 +117,6 @@ class MaskStore:
         for _, handle in self._hooked.values():
             handle.remove()
         self._hooked.clear()
-
-
-def _state(param: Tensor) -> tuple[int, int]:
-    """Return what changes when a parameter is written to, or gets other data."""
-    return (param._version, param.data_ptr())
 
 
 class MaskHook:
@@ -107,10 +147,8 @@ class GradientHook:
         self.name = name
 
     def __call__(self, param: Tensor) -> None:
-        """Zero the gradient where the mask prunes; sparse gradients are left alone."""
-        grad = param.grad
-        if grad is not None and grad.layout is torch.strided:
-            zero_pruned_(grad, self.store.mask_for(self.name, grad))
+        """Zero the gradient where the mask prunes."""
+        self.store.mask_gradient_(self.name, param)
 
 
 def _watchers(name: str, modules: dict[str, nn.Module]) -> list[str]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from purprune.threads import in_threads
-
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
+"""Entries at a time on the CPU: the widened mask stays in the cache, in memory used again."""
 
 
 @torch.no_grad()
@@ -27,22 +23,35 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
         tensor.detach().masked_fill_(~mask, 0)
         return
     bits, factors = tensor.detach().view(words), mask.view(torch.int8)
-    if bits.device.type == "cpu" and bits.is_contiguous() and bits.numel() > _CHUNK:
-        _multiply_(bits, factors.contiguous())
-        torch.autograd.graph.increment_version(tensor)
+    if bits.device.type == "cpu" and bits.numel() > _CHUNK:
+        _multiply_(bits, factors)
     else:
         bits.mul_(factors)
 
 
+@torch.no_grad()
+def is_zero_where_pruned(tensor: Tensor, mask: Tensor) -> bool:
+    """Tell whether every pruned entry of ``tensor`` is +0 or -0; NaN is not."""
+    if tensor.shape != mask.shape or tensor.layout is not torch.strided:
+        return False
+    if tensor.dim() == 0 or tensor.numel() == 0:
+        return bool(((tensor == 0) | mask).all())
+    return not any(
+        bool(((part != 0) & ~kept).any())
+        for part, kept in zip(_chunks(tensor), _chunks(mask), strict=True)
+    )
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Cut a tensor along its longest dim."""
+    dim = max(range(tensor.dim()), key=tensor.shape.__getitem__)
+    return torch.split(tensor, max(1, _CHUNK * tensor.shape[dim] // tensor.numel()), dim)
+
+
 def _multiply_(bits: Tensor, factors: Tensor) -> None:
-    """Multiply large tensors with numpy: torch widens the whole mask first, in fresh memory."""
-    into, by = bits.view(-1).numpy(), factors.view(-1).numpy()
-
-    def work(starts: Sequence[int]) -> None:
-        wide = np.empty(_CHUNK, into.dtype)
-        for start in starts:
-            part = into[start : start + _CHUNK]
-            np.copyto(wide[: part.size], by[start : start + _CHUNK])
-            np.multiply(part, wide[: part.size], out=part)
-
-    in_threads(work, range(0, into.size, _CHUNK))
+    """Multiply chunk by chunk: torch's product of two types widens one of them whole."""
+    if bits.is_contiguous() and factors.is_contiguous():
+        bits, factors = bits.view(-1), factors.view(-1)
+    wide = torch.empty(0, dtype=bits.dtype)
+    for into, by in zip(_chunks(bits), _chunks(factors), strict=True):
+        into.mul_(wide.resize_(by.shape).copy_(by))

@@ -26,6 +26,7 @@ from purprune_adapters.checks import (
 )
 from purprune_adapters.hooks import MaskStore, add_forward_hooks, remove_forward_hooks
 from purprune_adapters.inplace import zero_pruned_
+from purprune_adapters.optimizers import ZeroKeeper
 from purprune_adapters.report import Report, ReportRow
 from purprune_adapters.resolve import resolve_rules
 
@@ -46,7 +47,11 @@ class Pruner:
             modules, or a dict.
         optimizer: when given, weights are masked right after each ``optimizer.step()`` too, so
             that nothing sees an entry that momentum moved. It needs ``prepare(inplace=True)``.
+            Where a step provably leaves zeros at zero (SGD, Adam, AdamW, Adagrad and RMSprop with
+            masked gradients and a state that is zero there), they are not written again.
         mask_gradients: False leaves the gradients of pruned entries as they are.
+        mask_optimizer_state: True zeroes momentum and the like of pruned entries whenever masks
+            change; it needs ``optimizer``.
 
     Raises:
         SelectionError: a selector matches nothing, or a parameter can't be pruned.
@@ -74,6 +79,7 @@ class Pruner:
         *,
         optimizer: torch.optim.Optimizer | None = None,
         mask_gradients: bool = True,
+        mask_optimizer_state: bool = False,
     ) -> None:
         """Resolve the config on the model; nothing is changed yet."""
         self._config = as_config(config)
@@ -82,13 +88,19 @@ class Pruner:
         self._model = model
         self._owners = _owners(model, self._rules)
         self._optimizer = optimizer
+        self._mask_state = mask_optimizer_state
+        if mask_optimizer_state and optimizer is None:
+            raise ValueError(
+                "Expected optimizer=... with mask_optimizer_state=True; got None. Pass the "
+                "optimizer whose state is to be masked."
+            )
         refuse_unfit_parameters(self._params(), optimizer)
         self._step = 0
         self._phase = "new"  # then "prepared", then "finalized"
         self._trained = False
         self._activity = Activity()
         self._store = MaskStore(uuid.uuid4().hex, mask_gradients)
-        self._handles: list[Any] = []
+        self._keeper: ZeroKeeper | None = None
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
         self.plan(step=0)  # a pattern that does not fit is found before training
 
@@ -166,12 +178,14 @@ class Pruner:
             self._model = copy.deepcopy(self._model)
             self._owners = _owners(self._model, self._rules)
         self._step, self._loaded = step, None
-        self._store.masks.update(masks)
+        if self._optimizer is not None:
+            self._keeper = ZeroKeeper(
+                self._optimizer, self._store, self._params, mask_state=self._mask_state
+            )
+        self._renew(masks)
         self._apply()
         self._activity.start(self._params())
         add_forward_hooks(self._model, self._store, self._rules)
-        if self._optimizer is not None:
-            self._handles.append(self._optimizer.register_step_post_hook(self._after_optimizer))
         self._phase = "prepared"
         return self._model
 
@@ -189,11 +203,11 @@ class Pruner:
         step = self._step + 1
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:
-            self._store.masks.update(self._compute(step, due, self._store.masks))
+            self._renew(self._compute(step, due, self._store.masks))
         self._activity.count(self._params())
         self._step = step
         # An attached optimizer left everything masked; what nobody wrote to since is not read.
-        self._apply(only_changed=not due and self._optimizer is not None)
+        self._apply(only_changed=self._keeper is not None)
         self._activity.leave(self._params())
 
     def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
@@ -265,7 +279,7 @@ class Pruner:
             return
         self._require_prepared("load_state_dict")
         self._step = step
-        self._store.masks.update(masks)
+        self._renew(masks)
         self._apply()
 
     def __repr__(self) -> str:
@@ -294,15 +308,15 @@ class Pruner:
         for name, param in self._params().items():
             apply(name, param)
 
-    @_disable_dynamo
-    def _after_optimizer(self, *_: Any) -> None:
-        self._apply()
+    def _renew(self, masks: Mapping[str, Tensor]) -> None:
+        self._store.renew(masks)
+        if self._keeper is not None:
+            self._keeper.masks_changed(masks)
 
     def _remove_handles(self) -> None:
         self._store.release()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._keeper is not None:
+            self._keeper.remove()
 
     def _require_prepared(self, call: str) -> None:
         if self._phase == "new":

@@ -1,0 +1,131 @@
+"""Zeros after an optimizer step: written, or proven to be there already.
+
+A step of the optimizers in the table below moves an entry by a function of its own weight,
+gradient and state alone, and that function is 0 where all three are 0:
+
+    SGD      w - lr * (mu * m + g + wd * w)
+    Adam(W)  w * (1 - lr * wd) - lr' * m / (sqrt(v) / c + eps)
+    Adagrad  w - lr' * g / (sqrt(s) + eps)
+    RMSprop  w - lr * (mu * b + g / (sqrt(v) + eps))
+
+So an entry that is 0 before a step is 0 after it, when its gradient was masked and not touched
+since, and its state is 0. Each of these is checked at every step; where one of them does not hold,
+or the optimizer is another one, the zeros are written. A pass over the weights is saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from purprune_adapters.hooks import MaskStore, Seen
+from purprune_adapters.inplace import is_zero_where_pruned, zero_pruned_
+
+_KEEPING = (SGD, Adam, AdamW, Adagrad, RMSprop)
+
+
+def keeps_zeros(optimizer: Optimizer, group: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    """Tell whether a step leaves an entry at +0 whose weight, gradient and state are 0.
+
+    >>> optimizer = torch.optim.Adam([torch.zeros(1)])
+    >>> keeps_zeros(optimizer, optimizer.param_groups[0], torch.float32)
+    True
+    >>> keeps_zeros(optimizer, optimizer.param_groups[0], torch.float16)  # 1e-8 is 0 there: 0 / 0
+    False
+    """
+    if type(optimizer) not in _KEEPING or group.get("capturable") or group.get("differentiable"):
+        return False
+    lr, decay = group["lr"], group.get("weight_decay", 0.0)
+    if not (type(lr) is float and math.isfinite(lr) and 0 <= lr * decay <= 1):  # or 0 becomes -0
+        return False
+    return bool(group.get("eps", 1.0) >= torch.finfo(dtype).smallest_normal)
+
+
+class ZeroKeeper:
+    """Sees to it that pruned entries are zero after each step of an optimizer."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        store: MaskStore,
+        params: Callable[[], Mapping[str, Tensor]],
+        *,
+        mask_state: bool,
+    ) -> None:
+        """Hook the optimizer; ``params`` looks the pruned parameters up by name."""
+        self._optimizer, self._store, self._params = optimizer, store, params
+        self._mask_state = mask_state
+        self._state_seen: dict[str, list[Seen]] = {}  # known to be zero where pruned
+        self._state_moves: set[str] = set()  # known not to be
+        self._sure: set[str] = set()  # that the step in progress leaves zeros
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is known of tensors: a copy has tensors of its own."""
+        return {**self.__dict__, "_state_seen": {}, "_state_moves": set(), "_sure": set()}
+
+    def masks_changed(self, names: Mapping[str, Any]) -> None:
+        """Forget what was known of the state; zero it where pruned, if that was asked for."""
+        for name in names:
+            self._state_seen.pop(name, None)
+            self._state_moves.discard(name)
+        if self._mask_state:
+            params = self._params()
+            for name in names:
+                for tensor in self._moments(params[name]):
+                    zero_pruned_(tensor, self._store.mask_for(name, tensor))
+
+    def remove(self) -> None:
+        """Remove the hooks from the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    @_disable_dynamo
+    def _before(self, *_: Any) -> None:
+        params = self._params()
+        names = {id(param): name for name, param in params.items()}
+        self._sure = {
+            names[id(param)]
+            for group in self._optimizer.param_groups
+            for param in group["params"]
+            if id(param) in names
+            and keeps_zeros(self._optimizer, group, param.dtype)
+            and not self._store.changed(names[id(param)], param)
+            and self._state_is_zero(names[id(param)], param)
+        }
+
+    @_disable_dynamo
+    def _after(self, *_: Any) -> None:
+        for name, param in self._params().items():
+            if name in self._sure and self._store.has_masked_gradient(name, param):
+                self._store.is_clean_now(name, param)
+                self._state_seen[name] = [Seen.of(tensor) for tensor in self._moments(param)]
+            else:
+                self._store.apply_(name, param)
+
+    def _moments(self, param: Tensor) -> list[Tensor]:
+        """Return the state that has an entry for each entry of the parameter."""
+        state = self._optimizer.state.get(param, {})
+        return [v for v in state.values() if isinstance(v, Tensor) and v.shape == param.shape]
+
+    def _state_is_zero(self, name: str, param: Tensor) -> bool:
+        """Tell whether the state is zero where pruned; it is read once after new masks."""
+        if name in self._state_moves:
+            return False
+        moments, known = self._moments(param), self._state_seen.get(name, [])
+        if len(known) == len(moments) and all(map(Seen.is_still, known, moments)):
+            return True
+        mask = self._store.mask_for(name, param)
+        if all(is_zero_where_pruned(tensor, mask) for tensor in moments):
+            return True
+        self._state_moves.add(name)
+        return False
