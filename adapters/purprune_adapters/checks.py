@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from purprune import SelectionError
+from purprune_adapters.hooks import MaskHook
 
 
 def refuse_unfit_parameters(
@@ -31,6 +33,22 @@ def refuse_unfit_parameters(
                 f"Expected an optimizer that holds the model's parameters; it does not hold "
                 f"{name!r}. Make it from model.parameters() of the model given to Pruner."
             )
+
+
+def refuse_two_pruners(model: nn.Module, params: Mapping[str, Tensor], token: str) -> None:
+    """Raise when another pruner masks one of the parameters: the masks would work together."""
+    names = {id(param): name for name, param in params.items()}
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if not isinstance(hook, MaskHook) or hook.store.token == token:
+                continue
+            for path, _ in hook.paths:
+                if name := names.get(id(operator.attrgetter(path)(module))):
+                    raise ValueError(
+                        f"Expected parameters that no other pruner masks; {name!r} has a pruner. "
+                        f"End that one first with its finalize(inplace=True), or set {name!r} to "
+                        f"None here."
+                    )
 
 
 def refuse_another_model(

@@ -93,6 +93,7 @@ class MaskStore:
 
     def apply_if_changed_(self, name: str, param: Tensor) -> None:
         """Write zeros unless neither the parameter nor its mask changed since the last time."""
+        self._hook_gradient(name, param)  # it may be thawed without being written to
         if self.changed(name, param):
             self.apply_(name, param)
 
@@ -172,7 +173,8 @@ def add_forward_hooks(model: nn.Module, store: MaskStore, names: Iterable[str]) 
         for path in _watchers(alias, modules):
             watched.setdefault(path, []).append((alias[len(path) + 1 if path else 0 :], name))
     for path, paths in watched.items():
-        modules[path].register_forward_pre_hook(MaskHook(store, paths))
+        # First of all: hooks of others may compute the module's weight from what is masked here.
+        modules[path].register_forward_pre_hook(MaskHook(store, paths), prepend=True)
 
 
 def remove_forward_hooks(model: nn.Module, token: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from purprune_adapters.hooks import MaskStore, Seen
@@ -88,6 +89,7 @@ class ZeroKeeper:
         for handle in self._handles:
             handle.remove()
 
+    @_disable_dynamo
     def _before(self, *_: Any) -> None:
         params = self._params()
         names = {id(param): name for name, param in params.items()}
@@ -101,6 +103,7 @@ class ZeroKeeper:
             and self._state_is_zero(names[id(param)], param)
         }
 
+    @_disable_dynamo
     def _after(self, *_: Any) -> None:
         for name, param in self._params().items():
             if name in self._sure and self._store.has_masked_gradient(name, param):

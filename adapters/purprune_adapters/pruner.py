@@ -11,13 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # as torch.optim does: it imports the compiler late
 
 import purprune
 from purprune import Count, Plan, PruneConfig, Rule
 from purprune.config import as_config
 from purprune.ranking import refuse_nan
+from purprune_adapters.activity import Activity
 from purprune_adapters.checkpoint import pack_state, unpack_state
-from purprune_adapters.checks import refuse_another_model, refuse_unfit_parameters
+from purprune_adapters.checks import (
+    refuse_another_model,
+    refuse_two_pruners,
+    refuse_unfit_parameters,
+)
 from purprune_adapters.hooks import MaskStore, add_forward_hooks, remove_forward_hooks
 from purprune_adapters.inplace import zero_pruned_
 from purprune_adapters.optimizers import ZeroKeeper
@@ -92,6 +98,7 @@ class Pruner:
         self._step = 0
         self._phase = "new"  # then "prepared", then "finalized"
         self._trained = False
+        self._activity = Activity()
         self._store = MaskStore(uuid.uuid4().hex, mask_gradients)
         self._keeper: ZeroKeeper | None = None
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
@@ -148,6 +155,8 @@ class Pruner:
 
         Raises:
             NaNError: a weight holds NaN; nothing is changed then.
+            ValueError: another pruner masks one of the parameters, or the optimizer would train
+                another model than the copy.
         """
         if self._phase != "new":
             warnings.warn(
@@ -161,6 +170,7 @@ class Pruner:
                 "Expected prepare(inplace=True) with optimizer=..., which holds the parameters of "
                 "this model; a deepcopy would train without it."
             )
+        refuse_two_pruners(self._model, self._params(), self._store.token)
         step, masks = self._loaded or (0, None)
         if masks is None:
             masks = self._compute(0, self._rules, {})
@@ -174,10 +184,12 @@ class Pruner:
             )
         self._renew(masks)
         self._apply()
+        self._activity.start(self._params())
         add_forward_hooks(self._model, self._store, self._rules)
         self._phase = "prepared"
         return self._model
 
+    @_disable_dynamo  # counting and ranking are no graphs; around them all may be compiled
     def step(self) -> None:
         """Count one optimizer step: renew the masks where the schedule says so, and apply them.
 
@@ -189,13 +201,14 @@ class Pruner:
         """
         self._require_prepared("step")
         step = self._step + 1
-        self._trained = self._trained or self._optimizer is not None or self._has_changed()
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:
             self._renew(self._compute(step, due, self._store.masks))
+        self._activity.count(self._params())
         self._step = step
         # An attached optimizer left everything masked; what nobody wrote to since is not read.
         self._apply(only_changed=self._keeper is not None)
+        self._activity.leave(self._params())
 
     def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
         """Return a model with the zeros baked in and no trace of pruning.
@@ -295,9 +308,6 @@ class Pruner:
         for name, param in self._params().items():
             apply(name, param)
 
-    def _has_changed(self) -> bool:
-        return any(self._store.changed(name, param) for name, param in self._params().items())
-
     def _renew(self, masks: Mapping[str, Tensor]) -> None:
         self._store.renew(masks)
         if self._keeper is not None:
@@ -318,7 +328,8 @@ class Pruner:
             )
 
     def _warn_unless_over(self) -> None:
-        if self._step > 1 and not self._trained:  # one step alone prunes once, without training
+        trained = self._trained or self._activity.trained(self._params(), self._store.masks)
+        if self._step > 1 and not trained:  # one step alone prunes once, without training
             warnings.warn(
                 f"step() was called {self._step} times, but no pruned weight ever changed in "
                 f"between. Is the optimizer made from the parameters of the model that prepare() "

@@ -21,6 +21,7 @@ from purprune.selection import (
     refuse_nothing,
     refuse_unused,
 )
+from purprune_adapters.computed import computed_weights, refuse_computed
 
 SUPPORTED: Mapping[type[nn.Module], str] = {
     nn.Linear: "weight",
@@ -37,7 +38,7 @@ SUPPORTED: Mapping[type[nn.Module], str] = {
 """The parameters that a type rule or the global rule is for, as glob patterns by module type."""
 
 NAMED_ONLY: Mapping[type[nn.Module], str] = {nn.Embedding: "weight", nn.EmbeddingBag: "weight"}
-"""As :data:`SUPPORTED`, but the global rule is not for them."""
+"""As :data:`SUPPORTED`, but the global rule is not for them, nor for what is tied to them."""
 
 
 def resolve(model: nn.Module, config: PruneConfig | Rule | Mapping[str, Any]) -> PruneConfig:
@@ -45,7 +46,8 @@ def resolve(model: nn.Module, config: PruneConfig | Rule | Mapping[str, Any]) ->
 
     Name beats type beats global. A type rule is for instances of the class and its subclasses;
     of several the nearest class counts. The global rule is for the modules in :data:`SUPPORTED`.
-    Tied parameters are pruned once, under the first of their names.
+    Tied parameters are pruned once, under the first of their names; the global rule is not for
+    those that are an embedding too.
 
     Raises:
         SelectionError: a selector matches nothing, a rule is for a parameter without
@@ -91,7 +93,7 @@ class _Found(NamedTuple):
 
     rule: Rule | None
     why: str
-    strength: int  # 2 by name, 1 by type, 0 by the global rule, -1 by none
+    strength: int  # 3 by name, 2 by type, 1 kept out of the global rule, 0 by it, -1 by none
 
 
 def _strongest(names: Sequence[str], found: Sequence[_Found]) -> _Found:
@@ -117,23 +119,46 @@ class _Search:
         self.params = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self.names = NameMatcher(config.module_name_configs)
         self.unused_types = set(config.module_type_configs)
+        self.computed = computed_weights(model)
 
     def find(self, name: str, param: Tensor) -> _Found:
         """Return the rule for one name of a parameter."""
         dims = 0 if is_lazy(param) else param.dim()
+        if name in self.computed and not self._is_spelt_out(name, dims):
+            return self._find_computed(name, param)
         types = [self._type_selector(*holder, dims) for holder in self._holders(name)]
         found = self.names.match(name, dims)
         if found and not (found.distance > 1 and self._fits(NAMED_ONLY, name)):
-            return _found(self.config.module_name_configs, found.selector, 2)
+            return _found(self.config.module_name_configs, found.selector, 3)
         for selector in filter(None, types):
-            return _found(self.config.module_type_configs, selector, 1)
+            return _found(self.config.module_type_configs, selector, 2)
         rule = self.config.global_config
         owner, leaf = next(self._holders(name))
         if rule is None:
             return _Found(None, f"no rule is for {leaf!r} of {type(owner).__name__}", -1)
         if self._fits(SUPPORTED, name, rule.param_name):
             return _Found(rule, "global_config", 0)
-        return _Found(None, f"the global rule is not for {leaf!r} of {type(owner).__name__}", -1)
+        why = f"the global rule is not for {leaf!r} of {type(owner).__name__}"
+        return _Found(None, why, 1 if self._fits(NAMED_ONLY, name) else -1)
+
+    def _is_spelt_out(self, name: str, dims: int) -> bool:
+        """Tell whether a selector means this very parameter, and not the weight made of it."""
+        found = self.names.match(name, dims)
+        if found is None:
+            return False
+        rule = self.config.module_name_configs[found.selector]
+        named = found.distance == 0 and name.rpartition(".")[2] in found.selector
+        return named or (rule is not None and rule.param_name is not None)
+
+    def _find_computed(self, name: str, param: Tensor) -> _Found:
+        """Return the rule for the weight that is computed from a parameter, or refuse it."""
+        item = self.computed[name]
+        found = self.find(item.weight, param)
+        if found.rule is not None and not item.carrier:
+            return _Found(None, f"{item.weight!r} is computed from it", -1)
+        if found.rule is not None and not item.zeros_stay:
+            refuse_computed(name, item, found.why)
+        return found
 
     def _holders(self, name: str) -> Iterator[tuple[nn.Module, str]]:
         """Yield the module that owns the parameter, behind an attention that reads it itself."""
@@ -177,7 +202,8 @@ class _Search:
 
     def refuse_unused(self) -> None:
         """Raise when a selector matched nothing."""
-        refuse_unused(self.names.unused, "module_name_configs", known_names(self.params))
+        known = [*self.params, *(item.weight for item in self.computed.values())]
+        refuse_unused(self.names.unused, "module_name_configs", known_names(known))
         kinds = dict.fromkeys(type(module).__name__ for module in self.modules.values())
         refuse_unused(self.unused_types, "module_type_configs", kinds)
 
