@@ -80,6 +80,7 @@ class Pruner:
         self._step = 0
         self._phase = "new"  # then "prepared", then "finalized"
         self._trained = False
+        self._sums: dict[str, float] = {}
         self._store = MaskStore(uuid.uuid4().hex, mask_gradients)
         self._handles: list[Any] = []
         self._loaded: tuple[int, dict[str, Tensor]] | None = None
@@ -161,6 +162,7 @@ class Pruner:
         add_forward_hooks(self._model, self._store, self._rules)
         if self._optimizer is not None:
             self._handles.append(self._optimizer.register_step_post_hook(self._after_optimizer))
+        self._sums = self._weight_sums()
         self._phase = "prepared"
         return self._model
 
@@ -182,6 +184,8 @@ class Pruner:
         self._step = step
         # An attached optimizer left everything masked; what nobody wrote to since is not read.
         self._apply(only_changed=not due and self._optimizer is not None)
+        if not self._trained:
+            self._sums = self._weight_sums()
 
     def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
         """Return a model with the zeros baked in and no trace of pruning.
@@ -282,7 +286,14 @@ class Pruner:
             apply(name, param)
 
     def _has_changed(self) -> bool:
-        return any(self._store.changed(name, param) for name, param in self._params().items())
+        """Tell whether a weight was written to; torch does not count a fused optimizer's writes."""
+        params = self._params().items()
+        counted = any(self._store.changed(name, param) for name, param in params)
+        return counted or self._weight_sums() != self._sums
+
+    def _weight_sums(self) -> dict[str, float]:
+        params = self._params().items()
+        return {name: float(p.detach().sum(dtype=torch.float64)) for name, p in params}
 
     def _after_optimizer(self, *_: Any) -> None:
         self._apply()
