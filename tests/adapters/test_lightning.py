@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +324,19 @@ def test_what_cannot_be_pruned_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(SelectionError, match=r"bdy\.\*"):
         fit(trainer_for(tmp_path, [pruning({"module_name_configs": {"bdy.*": {}}})]), model)
     assert not hooks(model)
+
+
+def test_the_recipe_of_the_documentation_runs():
+    """Defends docs/trainers.md: its code, and what it asserts."""
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    section = page.split("\n## Lightning\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    exec(compile(code, "docs/trainers.md", "exec"), {"__name__": "recipe"})
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    """Defends the way out where the extra is not installed."""
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, "purprune_adapters.lightning", raising=False)
+    with pytest.raises(ImportError, match=r"purprune\[lightning\]"):
+        importlib.import_module("purprune_adapters.lightning")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +346,19 @@ def test_what_cannot_be_pruned_is_refused_before_the_first_step(tmp_path):
     callback = trainer.callback_handler.callbacks[-1]
     with pytest.raises(ValueError, match="FSDP and DeepSpeed"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_the_recipe_of_the_documentation_runs():
+    """Defends docs/trainers.md: its code, and what it asserts."""
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    section = page.split("\n## transformers\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    exec(compile(code, "docs/trainers.md", "exec"), {"__name__": "recipe"})
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    """Defends the way out where the extra is not installed."""
+    monkeypatch.setitem(sys.modules, "accelerate.utils", None)
+    monkeypatch.delitem(sys.modules, "purprune_adapters.transformers", raising=False)
+    with pytest.raises(ImportError, match=r"purprune\[transformers\]"):
+        importlib.import_module("purprune_adapters.transformers")
