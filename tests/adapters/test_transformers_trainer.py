@@ -95,9 +95,11 @@ def hooks(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_training_leaves_the_bits_of_a_loop_by_hand(tmp_path, accumulation):
+@pytest.mark.parametrize("rule", [RULE, Rule(0.75, PolynomialDecay([1, 3, 5]), score="taylor")])
+def test_a_training_leaves_the_bits_of_a_loop_by_hand(tmp_path, accumulation, rule):
     """Defends that a step is an optimizer step, zeros in every forward, and nothing added."""
-    callback = pruning()
+    config = PruneConfig().set_module_name("body.*", rule)
+    callback = pruning(config)
     trainer = trainer_for(
         tmp_path,
         [callback],
@@ -110,7 +112,7 @@ def test_a_training_leaves_the_bits_of_a_loop_by_hand(tmp_path, accumulation):
     trainer.train()
 
     model, data = Net(), examples()
-    pruner = Pruner(model, CONFIG)
+    pruner = Pruner(model, config)
     pruner.prepare(inplace=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for step in range(STEPS):
