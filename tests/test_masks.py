@@ -238,7 +238,8 @@ for banned in ("coremltools", "matplotlib", "transformers", "lightning", "torch.
                "rich", "ruamel.yaml", "purprune_adapters"):
     assert banned not in sys.modules, banned
 import purprune_adapters
-for banned in ("coremltools", "matplotlib", "transformers", "lightning"):
+for banned in ("coremltools", "matplotlib", "transformers", "accelerate", "lightning",
+               "purprune_adapters.transformers", "purprune_adapters.lightning"):
     assert banned not in sys.modules, banned
 import pathlib
 for path in pathlib.Path(purprune.__file__).parent.glob("*.py"):

@@ -299,6 +299,19 @@ def test_a_deepcopy_and_a_pickle_of_a_prepared_model_work_by_themselves():
         assert int((model[3].weight == 0).sum()) == 96
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_training_with_a_fused_optimizer_is_seen(fused: bool):
+    """Defends that only real mistakes warn: torch does not count a fused optimizer's writes."""
+    model = net()
+    pruner = Pruner(model, Rule(0.5))
+    pruner.prepare(inplace=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=fused)
+    for step in range(3):
+        train_step(model, optimizer, step)
+        pruner.step()
+    pruner.finalize()  # a warning is an error here
+
+
 def test_lifecycle_mistakes_get_a_clear_word():
     """Defends the order of calls."""
     pruner = Pruner(net(), Rule(0.8, PolynomialDecay([0, 10])))

@@ -1,0 +1,99 @@
+"""What the callbacks for trainers share: one pruner that lasts from one training to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from purprune import PruneConfig, Rule
+from purprune.config import as_config
+from purprune_adapters.checkpoint import pack_state
+from purprune_adapters.hooks import MaskHook
+from purprune_adapters.pruner import Pruner
+
+
+def install_hint(package: str, extra: str) -> str:
+    """Return the text of the ImportError for a package that is missing."""
+    return (
+        f'Expected {package}, which is missing; install it with `pip install "purprune[{extra}]"`.'
+    )
+
+
+class PrunedTraining:
+    """A config and the pruner that was made of it, for as long as a trainer is used.
+
+    A model that was finalized and is trained again goes on where it ended: its masks stay, and its
+    steps are counted on. Another model starts at step 0.
+    """
+
+    def __init__(
+        self, config: PruneConfig | Rule | Mapping[str, Any], mask_gradients: bool, finalize: bool
+    ) -> None:
+        """Check the config; a model comes with :meth:`begin`."""
+        self.config = as_config(config)
+        self.live = False
+        self._mask_gradients = mask_gradients
+        self._finalize = finalize
+        self._pruner: Pruner | None = None
+
+    @property
+    def pruner(self) -> Pruner:
+        """The pruner of the training that runs, or that ran last."""
+        if self._pruner is None:
+            raise RuntimeError("Expected a training that began; the pruner is made when it does.")
+        return self._pruner
+
+    def begin(self, model: nn.Module, state: Mapping[str, Any] | None) -> None:
+        """Prune the model in place, from the state, from where it was before, or from step 0."""
+        same = self._pruner is not None and self._pruner.model is model
+        if same and self.live:
+            if state is not None:
+                self.pruner.load_state_dict(state)
+            return
+        _refuse_two_pruners(model)
+        pruner = self._new_pruner(model)
+        state = self.state_dict() if same and state is None else state
+        if state is not None:
+            pruner.load_state_dict(state)
+        pruner.prepare(inplace=True)
+        self._pruner, self.live = pruner, True
+
+    def end(self) -> None:
+        """Bake the zeros in and remove the hooks, unless the pruner is to stay."""
+        if self.live and self._finalize:
+            self.pruner.finalize(inplace=True)
+            self.live = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the pruner's state, of a finalized one too; empty before the first training."""
+        if self._pruner is None:
+            return {}
+        return pack_state(self._pruner.step_count, self._pruner.masks, self._pruner.config)
+
+    def refuse_unfit_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Raise unless the state is whole and its masks are those of the model's zeros."""
+        self._new_pruner(model).load_state_dict(state)  # the model isn't touched before prepare()
+        for name, mask in state["masks"].items():
+            weight = model.get_parameter(name).detach()
+            nonzero = int(torch.count_nonzero(weight.masked_fill(mask.to(weight.device), 0)))
+            if nonzero:
+                raise ValueError(
+                    f"Expected zeros where the masks prune; {nonzero} of the pruned entries of "
+                    f"{name!r} are not zero. The state belongs to other weights."
+                )
+
+    def _new_pruner(self, model: nn.Module) -> Pruner:
+        return Pruner(model, self.config, mask_gradients=self._mask_gradients)
+
+
+def _refuse_two_pruners(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(isinstance(hook, MaskHook) for hook in module._forward_pre_hooks.values()):
+            raise ValueError(
+                f"Expected a model that nothing else prunes; the module {name!r} has the hook of "
+                f"another pruner. Use one callback with one PruneConfig, or finalize the other "
+                f"pruner first."
+            )
