@@ -33,6 +33,24 @@ def refuse_unfit_parameters(
             )
 
 
+def refuse_copy(
+    given: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: bool
+) -> None:
+    """Raise when a deepcopy to train would lose what belongs to the model that was given."""
+    if inplace:
+        return
+    if optimizer is not None:
+        raise ValueError(
+            "Expected prepare(inplace=True) with optimizer=..., which holds the parameters of "
+            "this model; a deepcopy would train without it."
+        )
+    if given is not model:
+        raise ValueError(
+            f"Expected prepare(inplace=True) for a model inside {type(given).__name__}; a "
+            f"deepcopy would train without the wrapper. Or prepare the model, then wrap it."
+        )
+
+
 def refuse_another_model(
     model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]
 ) -> None:

@@ -17,11 +17,16 @@ from purprune import Count, Plan, PruneConfig, Rule
 from purprune.config import as_config
 from purprune.ranking import refuse_nan
 from purprune_adapters.checkpoint import pack_state, unpack_state
-from purprune_adapters.checks import refuse_another_model, refuse_unfit_parameters
+from purprune_adapters.checks import (
+    refuse_another_model,
+    refuse_copy,
+    refuse_unfit_parameters,
+)
 from purprune_adapters.hooks import MaskStore, add_forward_hooks, remove_forward_hooks
 from purprune_adapters.inplace import zero_pruned_
 from purprune_adapters.report import Report, ReportRow
 from purprune_adapters.resolve import resolve_rules
+from purprune_adapters.wrappers import unwrapped
 
 
 class Pruner:
@@ -35,7 +40,8 @@ class Pruner:
     ``masks = compute_masks(params, t, cfg, prev=masks); params = apply_masks(params, masks)``.
 
     Args:
-        model: the model to prune.
+        model: the model to prune. Of DistributedDataParallel and ``torch.compile`` it is the model
+            inside, and its names have no prefix.
         config: a :class:`purprune.PruneConfig`, a :class:`purprune.Rule` for all supported
             modules, or a dict.
         optimizer: when given, weights are masked right after each ``optimizer.step()`` too, so
@@ -71,6 +77,7 @@ class Pruner:
     ) -> None:
         """Resolve the config on the model; nothing is changed yet."""
         self._config = as_config(config)
+        self._given, model = model, unwrapped(model)
         selection = resolve_rules(model, self._config)
         self._rules, self._skipped = selection.rules, selection.skipped
         self._model = model
@@ -87,7 +94,7 @@ class Pruner:
 
     @property
     def model(self) -> nn.Module:
-        """The model that is pruned: a copy after ``prepare(inplace=False)``."""
+        """The model that is pruned, without wrappers: a copy after ``prepare(inplace=False)``."""
         return self._model
 
     @property
@@ -133,6 +140,7 @@ class Pruner:
 
         Args:
             inplace: False prunes and returns a deepcopy; make the optimizer from its parameters.
+                True prunes and returns the model that was given, its wrapper included.
 
         Raises:
             NaNError: a weight holds NaN; nothing is changed then.
@@ -143,17 +151,13 @@ class Pruner:
                 f"Pruner to start again.",
                 stacklevel=2,
             )
-            return self._model
-        if self._optimizer is not None and not inplace:
-            raise ValueError(
-                "Expected prepare(inplace=True) with optimizer=..., which holds the parameters of "
-                "this model; a deepcopy would train without it."
-            )
+            return self._given
+        refuse_copy(self._given, self._model, self._optimizer, inplace)
         step, masks = self._loaded or (0, None)
         if masks is None:
             masks = self._compute(0, self._rules, {})
         if not inplace:
-            self._model = copy.deepcopy(self._model)
+            self._given = self._model = copy.deepcopy(self._model)
             self._owners = _owners(self._model, self._rules)
         self._step, self._loaded = step, None
         self._store.masks.update(masks)
@@ -162,7 +166,7 @@ class Pruner:
         if self._optimizer is not None:
             self._handles.append(self._optimizer.register_step_post_hook(self._after_optimizer))
         self._phase = "prepared"
-        return self._model
+        return self._given
 
     def step(self) -> None:
         """Count one optimizer step: renew the masks where the schedule says so, and apply them.
