@@ -10,6 +10,7 @@ devices sort stably.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from fractions import Fraction
 
 import numpy as np
@@ -24,6 +25,7 @@ from purprune.values import exact
 
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16}
 _BITS |= {torch.float32: torch.int32, torch.float64: torch.int64}
+_WORDS = {torch.int16: np.int16, torch.int32: np.int32, torch.int64: np.int64}
 _INFINITY = {
     dtype: int(torch.tensor(math.inf, dtype=dtype).view(bits)) for dtype, bits in _BITS.items()
 }
@@ -142,3 +144,32 @@ def _keys(bits: Tensor, make: KeyMaker) -> Tensor:
         raise NaNError("Expected numbers; got NaN.")
     sign = bits >> (info.bits - 1)
     return magnitude if make.absolute else (magnitude ^ sign) - sign
+
+
+def key_range(dtype: torch.dtype, absolute: bool) -> tuple[int, int]:
+    """Return the lowest and the highest key of scores that are ranked in ``dtype``."""
+    highest = _INFINITY.get(dtype, torch.iinfo(torch.int64).max - 1)
+    return (0 if absolute else -highest), highest
+
+
+def keys_of(scores: Tensor, dtype: torch.dtype, absolute: bool) -> tuple[Tensor, int]:
+    """Return the keys of scores, ranked in ``dtype``, and how many are NaN and have none.
+
+    ``dtype`` is one of the four floats, or int64. Where some scores are NaN no key means anything.
+    """
+    bits, infinity = _as_integers(scores.detach().to(dtype))
+    make = KeyMaker(absolute, infinity)
+    try:
+        if bits.device.type != "cpu":
+            return _keys(bits, make), 0
+        return torch.from_numpy(make(bits.numpy(), np.empty(bits.shape, _WORDS[bits.dtype]))), 0
+    except (NaNError, NotANumberError):
+        return bits, int(scores.isnan().sum())
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the float in which scores of all these dtypes are ranked as they are."""
+    found = {dtype if dtype in _BITS else torch.float32 for dtype in dtypes}
+    if len(found) > 1:
+        found |= {torch.float32}  # neither 16-bit float holds the other
+    return max(found, key=lambda dtype: dtype.itemsize, default=torch.float32)
