@@ -94,13 +94,13 @@ def _mask(weight: Tensor, rule: Rule, context: ScoreContext, prev: Tensor | None
     if weight.is_neg():
         weight = weight.resolve_neg()
     block, layout = unit_layout(name, rule, weight.shape)
-    before = None if prev is None else _kept_units(prev, block, weight, name)
+    before = None if prev is None else kept_units(prev, block, weight, name)
     sparsity = sparsity_at(name, rule, context.step)
     if sparsity == 0:  # no score is needed, nor a gradient
         refuse_nan(weight, f"the weight {name!r}")
         return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     try:
-        keep = keep_all_but_lowest(*_ranked(weight, rule, context, block), layout, sparsity, before)
+        keep = keep_all_but_lowest(*ranked(weight, rule, context, block), layout, sparsity, before)
     except NaNError:
         refuse_nan(weight, f"the weight {name!r}")
         refuse_nan(_scores(weight, rule, context), f"the score of {name!r}")
@@ -108,7 +108,7 @@ def _mask(weight: Tensor, rule: Rule, context: ScoreContext, prev: Tensor | None
     return spread(keep, block, weight.shape)
 
 
-def _ranked(
+def ranked(
     weight: Tensor, rule: Rule, context: ScoreContext, block: tuple[int, ...]
 ) -> tuple[Tensor, bool]:
     """Return the scores of units, and whether to rank their absolute values.
@@ -188,7 +188,7 @@ def _scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
     return scores
 
 
-def _kept_units(prev: Tensor, block: tuple[int, ...], weight: Tensor, name: str) -> Tensor:
+def kept_units(prev: Tensor, block: tuple[int, ...], weight: Tensor, name: str) -> Tensor:
     """Return which units ``prev`` keeps; refuse a mask that cuts through units."""
     check_mask(name, prev, weight)
     if is_entry(block):

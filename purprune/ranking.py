@@ -43,10 +43,15 @@ def count(units: int, sparsity: float | Fraction) -> int:
 def refuse_nan(tensor: Tensor, what: str) -> None:
     """Raise a NaNError that names ``what`` holds NaN, and how many."""
     if bad := int(tensor.isnan().sum()) if tensor.is_floating_point() else 0:
-        raise NaNError(
-            f"Expected numbers in {what}; got {bad} NaN of {tensor.numel()} entries. NaN has no "
-            f"rank: find where the training diverged, or replace them before pruning."
-        )
+        raise nan_error(what, bad, tensor.numel())
+
+
+def nan_error(what: str, bad: int, entries: int) -> NaNError:
+    """Return the error that names ``what`` holds NaN, and how many."""
+    return NaNError(
+        f"Expected numbers in {what}; got {bad} NaN of {entries} entries. NaN has no rank: find "
+        f"where the training diverged, or replace them before pruning."
+    )
 
 
 def keep_all_but_lowest(
