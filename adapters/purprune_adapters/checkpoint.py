@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from purprune import PruneConfig, Rule, plan
+from purprune_adapters.distributed import counted, placed
 
 FORMAT = 1
 _KEYS = ("format", "step", "config", "masks")
@@ -48,15 +49,21 @@ def unpack_state(
         )
     masks = _fitting_masks(state["masks"], params, rules)
     planned = plan(params, PruneConfig(module_name_configs=rules), step)
+    units = {row.name: row.unit for row in planned.tensors}
+    found = counted(masks, lambda name, mask: _pruned_units(mask, units[name]))
     for row in planned.tensors:
-        kept = masks[row.name][tuple(slice(None, None, n) for n in row.unit)]
-        pruned = kept.numel() - int(torch.count_nonzero(kept))
+        pruned = found[row.name]
         if pruned != row.pruned_units:
             raise ValueError(
                 f"Expected {row.pruned_units} of {row.units} units pruned in {row.name!r} at step "
                 f"{step}; the masks of the state prune {pruned}. It is damaged."
             )
     return step, masks
+
+
+def _pruned_units(mask: Tensor, unit: tuple[int, ...]) -> int:
+    kept = mask[tuple(slice(None, None, n) for n in unit)]
+    return kept.numel() - int(torch.count_nonzero(kept))
 
 
 def _loaded(config: Any) -> Any:
@@ -85,7 +92,7 @@ def _fitting_masks(
                 f"Expected a mask of shape {tuple(params[name].shape)} for {name!r}; the state "
                 f"has {tuple(mask.shape)}."
             )
-    return {name: masks[name].to(params[name].device, copy=True) for name in names}
+    return {name: placed(name, masks[name], params[name]) for name in names}
 
 
 def _differences(saved: Any, now: Any, path: str = "config") -> list[str]:

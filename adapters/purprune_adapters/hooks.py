@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from purprune_adapters.distributed import fsdp_modules, is_sharded, local, placed
 from purprune_adapters.inplace import zero_pruned_
 
 
@@ -26,23 +27,23 @@ class MaskStore:
         self.mask_gradients = mask_gradients
         self.masks: dict[str, Tensor] = {}
         self._hooked: dict[str, tuple[weakref.ref[Tensor], Any]] = {}
-        self._clean: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
+        self._clean: dict[str, tuple[weakref.ref[Tensor], tuple[int, ...]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is known of parameters: a copy has parameters of its own."""
         return {**self.__dict__, "_clean": {}, "_hooked": {}}
 
     def mask_for(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the mask on the tensor's device, moved there once when the model moved."""
+        """Return the mask where the tensor is, brought there once when the model moved."""
         mask = self.masks[name]
-        if mask.device != tensor.device:
-            mask = self.masks[name] = mask.to(tensor.device)
+        if mask.device != tensor.device or is_sharded(mask) != is_sharded(tensor):
+            mask = self.masks[name] = placed(name, mask, tensor)
         return mask
 
     def apply_(self, name: str, param: Tensor) -> None:
         """Write zeros into the parameter, and remember that it is clean."""
         self._hook_gradient(name, param)
-        zero_pruned_(param, self.mask_for(name, param))
+        write_zeros_(param, self.mask_for(name, param))
         if not param.is_inference():  # of these torch does not count the writes
             self._clean[name] = (weakref.ref(param), _state(param))
 
@@ -73,9 +74,21 @@ class MaskStore:
         self._hooked.clear()
 
 
-def _state(param: Tensor) -> tuple[int, int]:
+def _state(param: Tensor) -> tuple[int, ...]:
     """Return what changes when a parameter is written to, or gets other data."""
-    return (param._version, param.data_ptr())
+    if not is_sharded(param):
+        return (param._version, param.data_ptr())
+    held = local(param)
+    return (param._version, held._version, held.data_ptr())
+
+
+def write_zeros_(tensor: Tensor, mask: Tensor) -> None:
+    """Set the pruned entries of a tensor to zero; of shards each process writes its own."""
+    if is_sharded(tensor) and tensor.placements == mask.placements:  # type: ignore[attr-defined]
+        zero_pruned_(local(tensor), local(mask))
+        torch.autograd.graph.increment_version(tensor)
+    else:
+        zero_pruned_(tensor, mask)
 
 
 class MaskHook:
@@ -93,8 +106,12 @@ class MaskHook:
         for path, name in self.paths:
             param = operator.attrgetter(path)(module)
             # Other tensors stand here under torch.func: they are the caller's, and not written to.
-            if name in self.store.masks and isinstance(param, nn.Parameter):
-                self.store.apply_if_changed_(name, param)
+            if name not in self.store.masks or not isinstance(param, nn.Parameter):
+                continue
+            # A whole weight that FSDP gathered from shards stands here: those are masked.
+            if is_sharded(self.store.masks[name]) and not is_sharded(param):
+                continue
+            self.store.apply_if_changed_(name, param)
 
 
 class GradientHook:
@@ -109,7 +126,7 @@ class GradientHook:
         """Zero the gradient where the mask prunes; sparse gradients are left alone."""
         grad = param.grad
         if grad is not None and grad.layout is torch.strided:
-            zero_pruned_(grad, self.store.mask_for(self.name, grad))
+            write_zeros_(grad, self.store.mask_for(self.name, grad))
 
 
 def _watchers(name: str, modules: dict[str, nn.Module]) -> list[str]:
@@ -133,8 +150,10 @@ def add_forward_hooks(model: nn.Module, store: MaskStore, names: Iterable[str]) 
             continue
         for path in _watchers(alias, modules):
             watched.setdefault(path, []).append((alias[len(path) + 1 if path else 0 :], name))
+    # FSDP gathers shards in a pre-hook of its own: they are masked before.
+    prepend = bool(fsdp_modules(model))
     for path, paths in watched.items():
-        modules[path].register_forward_pre_hook(MaskHook(store, paths))
+        modules[path].register_forward_pre_hook(MaskHook(store, paths), prepend=prepend)
 
 
 def remove_forward_hooks(model: nn.Module, token: str) -> None:

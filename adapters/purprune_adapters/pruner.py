@@ -15,15 +15,20 @@ from torch import Tensor, nn
 import purprune
 from purprune import Count, Plan, PruneConfig, Rule
 from purprune.config import as_config
-from purprune.ranking import refuse_nan
 from purprune_adapters.checkpoint import pack_state, unpack_state
 from purprune_adapters.checks import (
     refuse_another_model,
     refuse_copy,
+    refuse_nan,
     refuse_unfit_parameters,
 )
-from purprune_adapters.hooks import MaskStore, add_forward_hooks, remove_forward_hooks
-from purprune_adapters.inplace import zero_pruned_
+from purprune_adapters.distributed import counted, masks_at, reshard
+from purprune_adapters.hooks import (
+    MaskStore,
+    add_forward_hooks,
+    remove_forward_hooks,
+    write_zeros_,
+)
 from purprune_adapters.report import Report, ReportRow
 from purprune_adapters.resolve import resolve_rules
 from purprune_adapters.wrappers import unwrapped
@@ -152,7 +157,8 @@ class Pruner:
                 stacklevel=2,
             )
             return self._given
-        refuse_copy(self._given, self._model, self._optimizer, inplace)
+        if not inplace:
+            refuse_copy("prepare", self._given, self._optimizer)
         step, masks = self._loaded or (0, None)
         if masks is None:
             masks = self._compute(0, self._rules, {})
@@ -202,15 +208,17 @@ class Pruner:
         """
         self._require_prepared("finalize")
         chosen = self._model if model is None else model
+        if not inplace:
+            refuse_copy("finalize", chosen)
+        reshard(chosen)
         params = dict(chosen.named_parameters())
         refuse_another_model(chosen, params, self._store.masks)
-        for name in self._rules:
-            refuse_nan(params[name], f"the weight {name!r}")
+        refuse_nan({name: params[name] for name in self._rules})
         self._warn_unless_over()
         final = chosen if inplace else copy.deepcopy(chosen)
         params = dict(final.named_parameters())
         for name in self._rules:
-            zero_pruned_(params[name], self._store.mask_for(name, params[name]))
+            write_zeros_(params[name], self._store.mask_for(name, params[name]))
         remove_forward_hooks(final, self._store.token)
         if final is self._model:
             self._remove_handles()
@@ -218,14 +226,18 @@ class Pruner:
         return final
 
     def report(self) -> Report:
-        """Count the zeros in the weights as they are now; each weight is read once."""
+        """Count the zeros in the weights as they are now; each weight is read once.
+
+        Of sharded weights all are counted, in every process: call it in all of them.
+        """
         params = self._params()
+        zeros, pruned = _zeros(params), _zeros(self._store.masks)
         rows = [
             ReportRow(
                 name,
                 tuple(params[name].shape),
-                _zeros(params[name]),
-                _pruned(self._store.masks.get(name), params[name]),
+                Count(zeros[name], params[name].numel()),
+                Count(pruned.get(name, 0), params[name].numel()),
                 float(rule.sparsity_at(self._step)),
                 None if rule.last_step is None else float(rule.target),
             )
@@ -265,6 +277,7 @@ class Pruner:
 
     def _params(self) -> dict[str, Tensor]:
         """Look the parameters up in their modules: ``load_state_dict(assign=True)`` renews them."""
+        reshard(self._model)
         return {name: getattr(owner, leaf) for name, (owner, leaf) in self._owners.items()}
 
     def _compute(
@@ -272,7 +285,7 @@ class Pruner:
     ) -> dict[str, Tensor]:
         params = {name: param for name, param in self._params().items() if name in rules}
         before = {n: self._store.mask_for(n, params[n]) for n in params if n in prev}
-        return purprune.compute_masks(
+        return masks_at(
             params,
             step,
             PruneConfig(module_name_configs=dict(rules)),
@@ -334,10 +347,6 @@ def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module
     return {name: (model.get_submodule(path), leaf) for name, (path, _, leaf) in paths.items()}
 
 
-def _zeros(weight: Tensor) -> Count:
-    return Count(weight.numel() - int(torch.count_nonzero(weight.detach())), weight.numel())
-
-
-def _pruned(mask: Tensor | None, weight: Tensor) -> Count:
-    kept = weight.numel() if mask is None else int(torch.count_nonzero(mask))
-    return Count(weight.numel() - kept, weight.numel())
+def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    kept = counted(tensors, lambda _, tensor: int(torch.count_nonzero(tensor.detach())))
+    return {name: tensor.numel() - kept[name] for name, tensor in tensors.items()}
