@@ -27,7 +27,7 @@ from purprune.ranking import count, nan_error, widest
 from purprune.scores import ScoreContext, full_precision
 from purprune.selection import check_params, select
 from purprune.ties import share_ties
-from purprune.units import grid_shape, spread
+from purprune.units import grid_shape, is_entry, spread
 from purprune_adapters.distributed import local
 from purprune_adapters.shards import Axis, Processes, Shards, shards_of, totals
 
@@ -231,14 +231,37 @@ def _nan(tensor: Tensor) -> int:
 def _scored(task: _Task) -> _Scored:
     kept = None if task.prev is None else kept_units(task.prev, task.block, task.held, task.name)
     if task.sparsity == 0 or isinstance(task.rule.score, Magnitude):
+        _refuse_scaled_norm(task, task.weight.dtype)
         return _Scored(None, kept)
+    scores = _scores(task)
+    _refuse_scaled_norm(task, scores.dtype)
+    return _Scored(scores, kept)
+
+
+def _scores(task: _Task) -> Tensor:
     score = task.rule.score
     if isinstance(score, Random):  # of the whole tensor; only its shape is looked at
         whole = score(task.held.new_empty(1).expand(task.weight.shape), task.context)
-        return _Scored(whole if task.shards is None else whole[task.shards.here], kept)
+        return whole if task.shards is None else whole[task.shards.here]
     grad = task.context.gradient
     context = replace(task.context, gradient=None if grad is None else full_precision(grad))
-    return _Scored(score(full_precision(task.held).clone(), context), kept)
+    found: Tensor = score(full_precision(task.held).clone(), context)
+    return found
+
+
+def _refuse_scaled_norm(task: _Task, dtype: torch.dtype) -> None:
+    """Refuse the one norm that is scaled by the largest entry of the whole tensor."""
+    cut = task.shards is not None and any(axis.cuts for axis in task.shards.axes)
+    if (
+        cut
+        and dtype == torch.float64
+        and task.rule.pattern.norm == "l2"
+        and not is_entry(task.block)
+    ):
+        raise ConfigError(
+            f"Expected norm='l1' or norm='sum' for float64 scores of units in the shards of "
+            f"{task.name!r}; got norm='l2', which looks at the whole tensor first."
+        )
 
 
 def _given(rule: Rule, scored: _Scored) -> Rule:

@@ -57,17 +57,18 @@ def failures(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Failures:
         and item.callspec.params.get("failures") == request.param
     ]
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(request.param, request.module.__name__, chosen, folder)
-    found: Failures = {name: [] for name in chosen}
-    for rank in range(request.param):
+    return run_ranks(request.param, request.module.__name__, chosen, folder)
+
+
+def run_ranks(world: int, module: str, names: Sequence[str], folder: Path) -> Failures:
+    """Run tests in a fresh group of processes; return the tracebacks by test."""
+    mp.spawn(_rank, (world, module, list(names), folder), world)
+    (folder / "store").unlink()
+    found: Failures = {name: [] for name in names}
+    for rank in range(world):
         for name, text in pickle.loads((folder / f"{rank}.pickle").read_bytes()).items():
             found[name].append(f"rank {rank}:\n{text}")
     return found
-
-
-def run_ranks(world: int, module: str, names: Sequence[str], folder: Path) -> None:
-    """Run tests in a fresh group of processes; their failures are left in the folder."""
-    mp.spawn(_rank, (world, module, list(names), folder), world)
 
 
 def _rank(rank: int, world: int, module: str, names: list[str], folder: Path) -> None:
