@@ -40,6 +40,11 @@ class MaskStore:
             mask = self.masks[name] = placed(name, mask, tensor)
         return mask
 
+    def is_for(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether to mask this tensor: not one that FSDP gathered from masked shards."""
+        mask = self.masks.get(name)
+        return mask is not None and (is_sharded(tensor) or not is_sharded(mask))
+
     def apply_(self, name: str, param: Tensor) -> None:
         """Write zeros into the parameter, and remember that it is clean."""
         self._hook_gradient(name, param)
@@ -106,12 +111,8 @@ class MaskHook:
         for path, name in self.paths:
             param = operator.attrgetter(path)(module)
             # Other tensors stand here under torch.func: they are the caller's, and not written to.
-            if name not in self.store.masks or not isinstance(param, nn.Parameter):
-                continue
-            # A whole weight that FSDP gathered from shards stands here: those are masked.
-            if is_sharded(self.store.masks[name]) and not is_sharded(param):
-                continue
-            self.store.apply_if_changed_(name, param)
+            if isinstance(param, nn.Parameter) and self.store.is_for(name, param):
+                self.store.apply_if_changed_(name, param)
 
 
 class GradientHook:
@@ -125,7 +126,9 @@ class GradientHook:
     def __call__(self, param: Tensor) -> None:
         """Zero the gradient where the mask prunes; sparse gradients are left alone."""
         grad = param.grad
-        if grad is not None and grad.layout is torch.strided:
+        if grad is None or not self.store.is_for(self.name, grad):
+            return
+        if grad.layout is torch.strided:
             write_zeros_(grad, self.store.mask_for(self.name, grad))
 
 

@@ -1,7 +1,7 @@
 """Tests whose body runs in every process of a process group, on the CPU with gloo.
 
-All tests of a module that want the same number of processes share one group of them: starting
-torch takes longer than most tests. A test that fails on one rank fails with that rank's traceback.
+All tests that want the same number of processes share one group of them: starting torch takes
+longer than most tests. A test that fails on one rank fails with that rank's traceback.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,7 +36,8 @@ def on_ranks(*worlds: int) -> Callable[[Callable[[], None]], Any]:
 
         @pytest.mark.parametrize("failures", sizes, indirect=True, ids="{} ranks".format)
         def test(failures: Failures) -> None:
-            assert not failures[body.__name__], "\n".join(failures[body.__name__])
+            found = failures[f"{body.__module__}:{body.__name__}"]
+            assert not found, "\n".join(found)
 
         test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
         test.body = body  # type: ignore[attr-defined]
@@ -45,25 +46,37 @@ def on_ranks(*worlds: int) -> Callable[[Callable[[], None]], Any]:
     return decorate
 
 
-@pytest.fixture(scope="module")
-def failures(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Failures:
-    """Run the chosen tests of this module on all ranks; return the tracebacks by test."""
+@pytest.fixture(scope="session")
+def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Failures:
+    """Run the chosen tests on all ranks, once for all workers; return the tracebacks by test."""
+    world = request.param
     chosen = [
-        item.originalname
+        f"{item.module.__name__}:{item.originalname}"
         for item in request.session.items
         if isinstance(item, pytest.Function)
-        and item.module is request.module
         and hasattr(item, "callspec")
-        and item.callspec.params.get("failures") == request.param
+        and item.callspec.params.get("failures") == world
     ]
-    folder = tmp_path_factory.mktemp("ranks")
-    return run_ranks(request.param, request.module.__name__, chosen, folder)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / f"{world} ranks"
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            return run_ranks(world, chosen, folder)
+    return read_failures(world, chosen, folder)
 
 
-def run_ranks(world: int, module: str, names: Sequence[str], folder: Path) -> Failures:
+def run_ranks(world: int, names: Sequence[str], folder: Path) -> Failures:
     """Run tests in a fresh group of processes; return the tracebacks by test."""
-    mp.spawn(_rank, (world, module, list(names), folder), world)
+    mp.spawn(_rank, (world, list(names), folder), world)
     (folder / "store").unlink()
+    return read_failures(world, names, folder)
+
+
+def read_failures(world: int, names: Sequence[str], folder: Path) -> Failures:
+    """Read what the processes left in the folder."""
     found: Failures = {name: [] for name in names}
     for rank in range(world):
         for name, text in pickle.loads((folder / f"{rank}.pickle").read_bytes()).items():
@@ -71,21 +84,20 @@ def run_ranks(world: int, module: str, names: Sequence[str], folder: Path) -> Fa
     return found
 
 
-def _rank(rank: int, world: int, module: str, names: list[str], folder: Path) -> None:
+def _rank(rank: int, world: int, names: list[str], folder: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     failures: dict[str, str] = {}
-    tests = importlib.import_module(module)
     start = (folder / "store").as_uri()
     dist.init_process_group("gloo", start, _DEADLINE, world_size=world, rank=rank)
     for name in names:
+        module, _, test = name.partition(":")
         try:
-            getattr(tests, name).body()
+            getattr(importlib.import_module(module), test).body()
         except Exception:
             failures[name] = traceback.format_exc()
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(failures))
-    sys.stdout.flush()
     dist.destroy_process_group()
 
 

@@ -8,14 +8,12 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import failures, on_ranks, same_on_all_ranks
+from ranks import on_ranks, same_on_all_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from purprune import PolynomialDecay, PruneConfig, Random, Rule, apply_masks, compute_masks
 from purprune_adapters import Pruner
-
-__all__ = ["failures"]
 
 SCHEDULE = PolynomialDecay([1, 3, 5])
 CONFIG = (
