@@ -60,7 +60,7 @@ def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    folder = folder / f"{world} ranks"
+    folder = folder / f"{world}-ranks"
     with filelock.FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
@@ -89,7 +89,7 @@ def _rank(rank: int, world: int, names: list[str], folder: Path) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     failures: dict[str, str] = {}
-    start = (folder / "store").as_uri()
+    start = f"file://{folder}/store"
     dist.init_process_group("gloo", start, _DEADLINE, world_size=world, rank=rank)
     for name in names:
         module, _, test = name.partition(":")
