@@ -163,14 +163,21 @@ def keys_of(scores: Tensor, dtype: torch.dtype, absolute: bool) -> tuple[Array, 
     nothing. ``dtype`` is one of the four floats that hold the scores exactly, or int64.
     """
     make = KeyMaker(absolute, _INFINITY.get(dtype))
+    keys = _keys_by_numpy if scores.device.type == "cpu" else _keys_by_torch
     try:
-        if scores.device.type != "cpu":
-            keys = _keys(_as_integers(scores.to(dtype))[0], make)
-            return (keys.int() if keys.itemsize == 2 else keys), 0
-        bits = _upcast(scores, dtype)
-        return make(bits, np.empty(bits.shape, bits.dtype)), 0
+        return keys(scores, dtype, make), 0
     except (NaNError, NotANumberError):
         return np.zeros(0, np.int64), int(scores.isnan().sum())
+
+
+def _keys_by_torch(scores: Tensor, dtype: torch.dtype, make: KeyMaker) -> Tensor:
+    keys = _keys(_as_integers(scores.to(dtype))[0], make)
+    return keys.int() if keys.itemsize == 2 else keys  # 16 bits do not hold every bound
+
+
+def _keys_by_numpy(scores: Tensor, dtype: torch.dtype, make: KeyMaker) -> Array:
+    bits = _upcast(scores, dtype)
+    return make(bits, np.empty(bits.shape, bits.dtype))
 
 
 def _upcast(scores: Tensor, dtype: torch.dtype) -> NDArray[np.signedinteger[Any]]:
