@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from purprune.errors import NaNError
-from purprune.parts import Buckets, counted, sampled
+from purprune.parts import Buckets, Tally, count_part, sampled
 from purprune.parts import Group as Group
 from purprune.parts import Outcome as Outcome
 from purprune.parts import Part as Part
@@ -61,7 +61,7 @@ def alone(counts: Tensor) -> Tensor:
 
 
 def count_down(
-    groups: Sequence[Group], *, reduce: Reduce = alone, bits: int = 20, sample: int = 1 << 15
+    groups: Sequence[Group], *, reduce: Reduce = alone, bits: int = 18, sample: int = 1 << 17
 ) -> list[Outcome]:
     """Return which units of each group go: its first k.
 
@@ -141,17 +141,17 @@ def _search_on(search: _Search, known: tuple[int, int]) -> _Search:
 
 
 def _counted(group: Group, search: _Search) -> Tensor:
-    counts = torch.zeros(2 + search.buckets().number, dtype=torch.int64)
+    tally = Tally(search.buckets())
     for part in group.parts:
-        counts += counted(group, part, search.kept, search.buckets())
-    return counts
+        count_part(group, part, search.kept, search.buckets(), tally)
+    return tally.counts()
 
 
 def _look_ahead(
     groups: Sequence[Group], searches: Sequence[_Search], reduce: Reduce, bits: int, sample: int
 ) -> list[_Search]:
     """Return searches whose windows hold the rank, as a sample says, but for bad luck (4 sigma)."""
-    large = [i for i, s in enumerate(searches) if s.among > sample and s.buckets().shift > 0]
+    large = [i for i, s in enumerate(searches) if s.among > sample]
     samples = [_sampled(groups[i], searches[i].kept, sample) for i in large]
     own = torch.tensor([len(found) for found in samples], dtype=torch.int64)
     sizes = reduce(own).tolist() if large else []

@@ -7,6 +7,7 @@ how their k-th is found are :mod:`purprune.counting`'s.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -91,6 +92,58 @@ class Buckets(NamedTuple):
         return (self.first + self.number) << self.shift
 
 
+class Tally:
+    """Counts of NaN, of keys before the buckets, and in each bucket.
+
+    Keys wait until there are as many as buckets, and are counted at once.
+    """
+
+    def __init__(self, buckets: Buckets) -> None:
+        """Begin at zero."""
+        self._counts = np.zeros(2 + buckets.number, dtype=np.int64)
+        self._waiting: list[Array] = []
+        self._waiting_keys = 0
+        self._lock = threading.Lock()
+
+    def add(self, nan: int, below: int, inside: Array) -> None:
+        """Count a chunk; ``inside`` says in which bucket, from 0, each key is."""
+        with self._lock:
+            self._counts[:2] += (nan, below)
+            self._waiting.append(inside)
+            self._waiting_keys += len(inside)
+            if self._waiting_keys >= len(self._counts):
+                self._settle()
+
+    def counts(self) -> Tensor:
+        """Return the counts so far as one tensor on the CPU."""
+        self._settle()
+        return torch.from_numpy(self._counts)
+
+    def _settle(self) -> None:
+        waiting, self._waiting, self._waiting_keys = self._waiting, [], 0
+        if waiting and isinstance(waiting[0], Tensor):
+            found = torch.bincount(torch.cat(waiting), minlength=len(self._counts) - 2)
+            self._counts[2:] += found.cpu().numpy()
+        elif waiting:
+            self._counts[2:] += np.bincount(
+                np.concatenate(waiting), minlength=len(self._counts) - 2
+            )
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _size(scores: Tensor) -> int:
+    return _CHUNK if _on_cpu(scores) else _DEVICE_CHUNK
+
+
+def _over_chunks(work: Callable[[Sequence[int]], T], scores: Tensor) -> list[T]:
+    """Call ``work`` with the starts of chunks: on the CPU with a run of them in each thread."""
+    starts = range(0, scores.numel(), _size(scores))
+    return in_threads(work, starts) if _on_cpu(scores) else [work(starts)]
+
+
 class _Chunk(NamedTuple):
     start: int
     keys: Array
@@ -99,71 +152,39 @@ class _Chunk(NamedTuple):
     nan: int
 
 
-def _size(scores: Tensor) -> int:
-    return _CHUNK if scores.device.type == "cpu" else _DEVICE_CHUNK
-
-
-def _over_chunks(work: Callable[[Sequence[int]], T], scores: Tensor) -> list[T]:
-    """Call ``work`` with the starts of chunks: on the CPU with a run of them in each thread."""
-    starts = range(0, scores.numel(), _size(scores))
-    return in_threads(work, starts) if scores.device.type == "cpu" else [work(starts)]
-
-
 def _chunks(
     scores: Tensor, starts: Sequence[int], part: Part, group: Group, kept: bool
 ) -> Iterator[_Chunk]:
-    """Yield keys in chunks, and which of them are kept (or not) so far."""
-    size, flat = _size(scores), scores.reshape(-1)
-    prev = None if part.prev is None else part.prev.reshape(-1)
+    """Yield keys in chunks, and which of them are ranked: those kept so far, or the others."""
+    size, flat = _size(scores), scores.detach().reshape(-1)
+    prev: Array | None = None if part.prev is None else part.prev.reshape(-1)
+    prev = prev.numpy() if prev is not None and _on_cpu(prev) else prev
     for start in starts:
         keys, nan = keys_of(flat[start : start + size], group.dtype, group.absolute)
-        active: Tensor | None = None
-        if prev is not None:
+        active: Array | None = None
+        if nan:
+            keys = keys[:0]
+        elif prev is not None:
             active = prev[start : start + size] if kept else ~prev[start : start + size]
         elif not kept:
-            active = torch.zeros_like(keys, dtype=torch.bool)
-        if keys.device.type == "cpu":
-            yield _Chunk(start, keys.numpy(), None if active is None else active.numpy(), nan)
-        else:  # 16 bits do not hold every bound
-            yield _Chunk(start, keys.int() if keys.itemsize == 2 else keys, active, nan)
+            active = keys != keys
+        yield _Chunk(start, keys, active, nan)
 
 
-def counted(group: Group, part: Part, kept: bool, buckets: Buckets) -> Tensor:
-    """Count NaN, the keys before the buckets, and those in each bucket."""
+def count_part(group: Group, part: Part, kept: bool, buckets: Buckets, tally: Tally) -> None:
+    """Count the keys of a part."""
     scores = part.scores()
 
-    def count(starts: Sequence[int]) -> Tensor:
-        return _counted_run(_chunks(scores, starts, part, group, kept), buckets)
+    def count(starts: Sequence[int]) -> None:
+        for _, keys, active, nan in _chunks(scores, starts, part, group, kept):
+            below, inside = keys < buckets.start, keys <= buckets.stop - 1
+            if active is not None:
+                below &= active
+                inside &= active
+            inside ^= below
+            tally.add(nan, _count(below), _taken(keys, inside, buckets))
 
-    counts = torch.zeros(2 + buckets.number, dtype=torch.int64)
-    for found in _over_chunks(count, scores):
-        counts += found
-    return counts
-
-
-def _counted_run(chunks: Iterator[_Chunk], buckets: Buckets) -> Tensor:
-    """Count in a run of chunks. Keys are collected until there are enough to count at once."""
-    counts = torch.zeros(2 + buckets.number, dtype=torch.int64)
-    waiting: list[Tensor] = []
-
-    def count() -> None:
-        counts[2:] += torch.bincount(torch.cat(waiting), minlength=buckets.number).cpu()
-        waiting.clear()
-
-    for _, keys, active, nan in chunks:
-        below, inside = keys < buckets.start, keys <= buckets.stop - 1
-        if active is not None:
-            below &= active
-            inside &= active
-        inside ^= below
-        counts[0] += nan
-        counts[1] += _count(below)
-        waiting.append(_taken(keys, inside, buckets))
-        if sum(map(len, waiting)) >= buckets.number:
-            count()
-    if waiting:
-        count()
-    return counts
+    _over_chunks(count, scores)
 
 
 def _count(flags: Array) -> int:
@@ -172,14 +193,15 @@ def _count(flags: Array) -> int:
     return int(np.count_nonzero(flags))
 
 
-def _taken(keys: Array, inside: Array, buckets: Buckets) -> Tensor:
+def _taken(keys: Array, inside: Array, buckets: Buckets) -> Array:
     """Return in which bucket, from 0, the keys are that are inside."""
     if isinstance(keys, Tensor):
         return (keys[inside] >> buckets.shift).to(torch.int64) - buckets.first
     if not inside.all():
-        keys = keys[np.flatnonzero(inside)]
+        keys = np.compress(inside, keys)
+    keys = keys >> buckets.shift
     wide = np.int64 if keys.itemsize == 8 else np.int32
-    return torch.from_numpy(np.subtract(keys >> buckets.shift, buckets.first, dtype=wide))
+    return np.subtract(keys, buckets.first, dtype=wide)
 
 
 def sampled(group: Group, part: Part, kept: bool, sample: int) -> Tensor:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from purprune.errors import NaNError
@@ -23,9 +25,11 @@ from purprune.selecting import KeyMaker, NotANumberError, Span
 from purprune.selecting import keep_all_but_lowest as keep_all_but_lowest_
 from purprune.values import exact
 
+Array = Any  # numpy's on the CPU, torch's elsewhere
+
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16}
 _BITS |= {torch.float32: torch.int32, torch.float64: torch.int64}
-_WORDS = {torch.int16: np.int16, torch.int32: np.int32, torch.int64: np.int64}
+_NUMPY = {torch.float32: (np.float32, np.int32), torch.float64: (np.float64, np.int64)}
 _INFINITY = {
     dtype: int(torch.tensor(math.inf, dtype=dtype).view(bits)) for dtype, bits in _BITS.items()
 }
@@ -157,19 +161,41 @@ def key_range(dtype: torch.dtype, absolute: bool) -> tuple[int, int]:
     return (0 if absolute else -highest), highest
 
 
-def keys_of(scores: Tensor, dtype: torch.dtype, absolute: bool) -> tuple[Tensor, int]:
+def keys_of(scores: Tensor, dtype: torch.dtype, absolute: bool) -> tuple[Array, int]:
     """Return the keys of scores, ranked in ``dtype``, and how many are NaN and have none.
 
-    ``dtype`` is one of the four floats, or int64. Where some scores are NaN no key means anything.
+    The keys are numpy's on the CPU and torch's elsewhere. Where some scores are NaN they mean
+    nothing. ``dtype`` is one of the four floats that hold the scores exactly, or int64.
     """
-    bits, infinity = _as_integers(scores.detach().to(dtype))
-    make = KeyMaker(absolute, infinity)
+    make = KeyMaker(absolute, _INFINITY.get(dtype))
+    keys = _keys_by_numpy if scores.device.type == "cpu" else _keys_by_torch
     try:
-        if bits.device.type != "cpu":
-            return _keys(bits, make), 0
-        return torch.from_numpy(make(bits.numpy(), np.empty(bits.shape, _WORDS[bits.dtype]))), 0
+        return keys(scores, dtype, make), 0
     except (NaNError, NotANumberError):
-        return bits, int(scores.isnan().sum())
+        return np.zeros(0, np.int64), int(scores.isnan().sum())
+
+
+def _keys_by_torch(scores: Tensor, dtype: torch.dtype, make: KeyMaker) -> Tensor:
+    keys = _keys(_as_integers(scores.to(dtype))[0], make)
+    return keys.int() if keys.itemsize == 2 else keys  # 16 bits do not hold every bound
+
+
+def _keys_by_numpy(scores: Tensor, dtype: torch.dtype, make: KeyMaker) -> Array:
+    bits = _upcast(scores, dtype)
+    return make(bits, np.empty(bits.shape, bits.dtype))
+
+
+def _upcast(scores: Tensor, dtype: torch.dtype) -> NDArray[np.signedinteger[Any]]:
+    """Return the bits of scores in a wider float; by numpy, which makes no threads of its own."""
+    if scores.dtype == dtype or dtype not in _BITS:
+        return np.asarray(_as_integers(scores)[0].numpy())
+    if scores.dtype == torch.bfloat16:  # the upper half of a float32
+        floats: Any = np.left_shift(scores.view(torch.int16).numpy(), 16, dtype=np.int32)
+        floats = floats.view(np.float32)
+    else:
+        floats = (scores.float() if scores.itemsize == 1 else scores).numpy()
+    wide, word = _NUMPY[dtype]
+    return np.asarray(floats.astype(wide, copy=False).view(word))
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purprune import PruneConfig, Rule, plan
+from purprune import Plan, PruneConfig, Rule, plan
 from purprune_adapters.distributed import counted, placed
 
 FORMAT = 1
@@ -48,17 +48,29 @@ def unpack_state(
             + "; ".join(differing)
         )
     masks = _fitting_masks(state["masks"], params, rules)
-    planned = plan(params, PruneConfig(module_name_configs=rules), step)
-    units = {row.name: row.unit for row in planned.tensors}
-    found = counted(masks, lambda name, mask: _pruned_units(mask, units[name]))
-    for row in planned.tensors:
-        pruned = found[row.name]
-        if pruned != row.pruned_units:
-            raise ValueError(
-                f"Expected {row.pruned_units} of {row.units} units pruned in {row.name!r} at step "
-                f"{step}; the masks of the state prune {pruned}. It is damaged."
-            )
+    _refuse_other_counts(masks, plan(params, PruneConfig(module_name_configs=rules), step), step)
     return step, masks
+
+
+def _refuse_other_counts(masks: Mapping[str, Tensor], planned: Plan, step: int) -> None:
+    """Raise when masks do not prune what the schedule says, per tensor or group of tensors."""
+    unit = {row.name: row.unit for row in planned.tensors}
+    pruned = counted(masks, lambda name, mask: _pruned_units(mask, unit[name]))
+    counts = [
+        (repr(row.name), row.units, row.pruned_units, pruned[row.name])
+        for row in planned.tensors
+        if row.pruned_units is not None
+    ]
+    counts += [
+        (" and ".join(map(repr, g.names)), g.units, g.pruned, sum(pruned[n] for n in g.names))
+        for g in planned.shared
+    ]
+    for names, units, expected, got in counts:
+        if got != expected:
+            raise ValueError(
+                f"Expected {expected} of {units} units pruned in {names} at step {step}; the masks "
+                f"of the state prune {got}. It is damaged."
+            )
 
 
 def _pruned_units(mask: Tensor, unit: tuple[int, ...]) -> int:

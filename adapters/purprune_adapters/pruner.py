@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import purprune
-from purprune import Count, Plan, PruneConfig, Rule
+from purprune import Count, GlobalGroup, Plan, PruneConfig, Rule
 from purprune.config import as_config
 from purprune_adapters.checkpoint import pack_state, unpack_state
 from purprune_adapters.checks import (
@@ -131,7 +131,7 @@ class Pruner:
     def plan(self, step: int | None = None) -> Plan:
         """Return what would be pruned at a step (None: at the end), in integers."""
         planned = purprune.plan(self._params(), self.resolved_config, step)
-        return Plan(planned.step, planned.tensors, self._skipped)
+        return Plan(planned.step, planned.tensors, self._skipped, planned.shared)
 
     def sparsity_at(self, step: int) -> dict[str, float]:
         """Return the sparsity of units that is in force at ``step``, by parameter name."""
@@ -240,6 +240,7 @@ class Pruner:
                 Count(pruned.get(name, 0), params[name].numel()),
                 float(rule.sparsity_at(self._step)),
                 None if rule.last_step is None else float(rule.target),
+                isinstance(rule.pattern.group, GlobalGroup),
             )
             for name, rule in self._rules.items()
         ]

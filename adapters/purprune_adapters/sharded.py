@@ -20,12 +20,21 @@ from torch.distributed.tensor import DTensor
 
 from purprune import ConfigError, Magnitude, PruneConfig, Random, Rule, Taylor, compute_masks
 from purprune.config import as_config
-from purprune.counting import Group, Part, count_down, keep
-from purprune.masks import check_mask, check_step, kept_units, ranked, sparsity_at, unit_layout
-from purprune.patterns import Layout
-from purprune.ranking import count, nan_error, widest
-from purprune.scores import ScoreContext, full_precision
+from purprune.counting import Group, alone, count_down, keep
+from purprune.masks import check_step
+from purprune.patterns import GlobalGroup, Layout
+from purprune.ranking import count, nan_error
+from purprune.scores import ScoreContext
+from purprune.scoring import (
+    check_mask,
+    entry_scores,
+    kept_units,
+    readable,
+    sparsity_at,
+    unit_layout,
+)
 from purprune.selection import check_params, select
+from purprune.sharing import Inputs, group_of, shared_groups
 from purprune.ties import share_ties
 from purprune.units import grid_shape, is_entry, spread
 from purprune_adapters.distributed import local
@@ -73,9 +82,12 @@ def sharded_masks(
         _task(name, params[name], rule, step, before.get(name), gradients.get(name))
         for name, rule in rules.items()
     ]
-    ready = _ready(tasks, params)
-    masks = {task.name: _alone(task, scored) for task, scored in ready if not task.is_counted}
-    masks |= _together([(task, scored) for task, scored in ready if task.is_counted])
+    counts = _counts([task for task in tasks if task.is_counted])
+    for sharing in counts:
+        _processes(sharing)  # raises before anything is sent
+    given = _Given(_ready(tasks, params))
+    masks = {task.name: _alone(task, given) for task in tasks if not task.is_counted}
+    masks |= _together(counts, given)
     return {task.name: task.shared(masks[task.name]) for task in tasks}
 
 
@@ -103,9 +115,40 @@ class _Task(NamedTuple):
         return local(self.weight.detach())
 
     @property
+    def is_global(self) -> bool:
+        """Whether tensors share a count."""
+        return isinstance(self.rule.pattern.group, GlobalGroup)
+
+    @property
     def is_counted(self) -> bool:
-        """Whether processes have to count together."""
-        return self.crosses and self.sparsity > 0
+        """Whether units are counted, over processes or over tensors."""
+        return (self.crosses or self.is_global) and self.sparsity > 0
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether several processes hold parts of the weight."""
+        return self.shards is not None and any(axis.cuts for axis in self.shards.axes)
+
+    @property
+    def processes(self) -> Processes | None:
+        """The processes that hold parts of the weight; None: it is whole."""
+        return None if self.shards is None else self.shards.processes
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """How many units the whole weight has along each dim."""
+        return grid_shape(self.block, self.weight.shape)
+
+    @property
+    def first_unit(self) -> tuple[int, ...]:
+        """Where in the grid the units of this process begin."""
+        first = (0,) * len(self.grid) if self.shards is None else self.shards.offset
+        return grid_shape(self.block, first)
+
+    def given(self, scores: _Given) -> Rule:
+        """Return the rule with scores that are there; magnitudes need none."""
+        magnitude = isinstance(self.rule.score, Magnitude)
+        return self.rule if magnitude else replace(self.rule, score=scores)
 
     def shared(self, mask: Tensor) -> Tensor:
         """Return the mask in the shards of the weight."""
@@ -122,8 +165,8 @@ def _task(
         _refuse_other_shards(what, given, shards)
     if prev is not None:
         check_mask(name, prev, weight)
-    if shards is not None:
-        _refuse_wide_score(name, rule, shards)
+    if shards is not None and any(axis.cuts for axis in shards.axes):
+        _refuse_wide_score(name, rule)
     return _Task(
         ScoreContext(name, step, None if grad is None else local(grad)),
         weight,
@@ -148,11 +191,10 @@ def _refuse_other_shards(what: str, given: Tensor | None, shards: Shards | None)
         )
 
 
-def _refuse_wide_score(name: str, rule: Rule, shards: Shards) -> None:
+def _refuse_wide_score(name: str, rule: Rule) -> None:
     score = rule.score
-    if isinstance(score, Magnitude | Taylor | Random) or not any(a.cuts for a in shards.axes):
-        return
-    if not getattr(score, "elementwise", False):
+    own = isinstance(score, Magnitude | Taylor | Random)
+    if not own and not getattr(score, "elementwise", False):
         raise ConfigError(
             f"Expected a score for the shards of {name!r} that looks at one entry at a time; got "
             f"{score!r}. If it does, say so with an attribute: score.elementwise = True."
@@ -183,32 +225,18 @@ def _crosses(name: str, block: Sequence[int], layout: Layout, axes: Sequence[Axi
     return False
 
 
-class _Scored(NamedTuple):
-    """What a process made of its part of a weight."""
+def _ready(tasks: Sequence[_Task], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Do what can fail in one process alone, and find out together whether it did.
 
-    scores: Tensor | None
-    """None for magnitudes, which are ranked from the weight."""
-    kept: Tensor | None
-    """Which units were kept so far."""
-
-
-def _ready(tasks: Sequence[_Task], params: Mapping[str, Tensor]) -> list[tuple[_Task, _Scored]]:
-    """Do what can fail in one process alone, and find out together whether it did."""
-    counts = {task.name: [1, 0, 0] for task in tasks}
-    ready: list[tuple[_Task, _Scored]] = []
+    Returns:
+        The scores by name, but for magnitudes, which are ranked from the weights.
+    """
+    scores: dict[str, Tensor] = {}
     failure: Exception | None = None
     try:
-        for task in tasks:
-            scored = _scored(task)
-            counts[task.name] = [
-                0,
-                _nan(task.held),
-                0 if scored.scores is None else _nan(scored.scores),
-            ]
-            ready.append((task, scored))
+        counts = {task.name: [0, *_nan_counts(task, scores)] for task in tasks}
     except Exception as error:
-        failure = error
-        counts = {task.name: [1, 0, 0] for task in tasks}
+        failure, counts = error, {task.name: [1, 0, 0] for task in tasks}
     found = totals(counts, params)
     if failure is not None:
         raise failure
@@ -221,94 +249,121 @@ def _ready(tasks: Sequence[_Task], params: Mapping[str, Tensor]) -> list[tuple[_
         for what, bad in ((f"the weight {name!r}", weight), (f"the score of {name!r}", score)):
             if bad:
                 raise nan_error(what, bad, params[name].numel())
-    return ready
+    return scores
+
+
+def _nan_counts(task: _Task, scores: dict[str, Tensor]) -> tuple[int, int]:
+    """Count NaN in a weight and in its scores, which are added to ``scores``."""
+    if task.prev is not None:
+        kept_units(task.prev, task.block, task.held, task.name)
+    bad = _nan(task.held)
+    if task.sparsity == 0 or isinstance(task.rule.score, Magnitude):
+        _refuse_scaled_norm(task, task.weight.dtype)
+        return bad, 0
+    found = scores[task.name] = _scores(task)
+    _refuse_scaled_norm(task, found.dtype)
+    return bad, _nan(found)
 
 
 def _nan(tensor: Tensor) -> int:
     return int(tensor.isnan().sum()) if tensor.is_floating_point() else 0
 
 
-def _scored(task: _Task) -> _Scored:
-    kept = None if task.prev is None else kept_units(task.prev, task.block, task.held, task.name)
-    if task.sparsity == 0 or isinstance(task.rule.score, Magnitude):
-        _refuse_scaled_norm(task, task.weight.dtype)
-        return _Scored(None, kept)
-    scores = _scores(task)
-    _refuse_scaled_norm(task, scores.dtype)
-    return _Scored(scores, kept)
-
-
 def _scores(task: _Task) -> Tensor:
+    """Return the scores of what this process holds."""
     score = task.rule.score
     if isinstance(score, Random):  # of the whole tensor; only its shape is looked at
         whole = score(task.held.new_empty(1).expand(task.weight.shape), task.context)
         return whole if task.shards is None else whole[task.shards.here]
-    grad = task.context.gradient
-    context = replace(task.context, gradient=None if grad is None else full_precision(grad))
-    found: Tensor = score(full_precision(task.held).clone(), context)
-    return found
+    return entry_scores(readable(task.name, task.held), task.rule, task.context)
 
 
 def _refuse_scaled_norm(task: _Task, dtype: torch.dtype) -> None:
     """Refuse the one norm that is scaled by the largest entry of the whole tensor."""
-    cut = task.shards is not None and any(axis.cuts for axis in task.shards.axes)
-    if (
-        cut
-        and dtype == torch.float64
-        and task.rule.pattern.norm == "l2"
-        and not is_entry(task.block)
-    ):
+    if task.is_cut and dtype == torch.float64 and task.rule.pattern.norm == "l2":
+        if is_entry(task.block) and not task.is_global:
+            return
         raise ConfigError(
             f"Expected norm='l1' or norm='sum' for float64 scores of units in the shards of "
             f"{task.name!r}; got norm='l2', which looks at the whole tensor first."
         )
 
 
-def _given(rule: Rule, scored: _Scored) -> Rule:
-    """Return a rule that takes the scores that are there."""
-    scores = scored.scores
-    return rule if scores is None else replace(rule, score=lambda weight, context: scores)
+class _Given(NamedTuple):
+    """A score that was computed before."""
+
+    scores: Mapping[str, Tensor]
+
+    def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
+        return self.scores[context.name]
 
 
-def _alone(task: _Task, scored: _Scored) -> Tensor:
+def _alone(task: _Task, given: _Given) -> Tensor:
     """Return the mask of what this process holds, as if it were all."""
     return compute_masks(
         {task.name: task.held},
         task.context.step,
-        PruneConfig(module_name_configs={task.name: _given(task.rule, scored)}),
+        PruneConfig(module_name_configs={task.name: task.given(given)}),
         prev=None if task.prev is None else {task.name: task.prev},
     )[task.name]
 
 
-def _together(ready: Sequence[tuple[_Task, _Scored]]) -> dict[str, Tensor]:
-    """Return masks for which processes count together: for all tensors at once."""
-    by_processes: dict[Processes, list[tuple[_Task, Group]]] = {}
-    for task, scored in ready:
-        assert task.shards is not None
-        by_processes.setdefault(task.shards.processes, []).append((task, _group(task, scored)))
+def _counts(tasks: Sequence[_Task]) -> list[list[_Task]]:
+    """Return which tensors share a count: those of a global group, and every other by itself."""
+    found: list[list[_Task]] = []
+    for task in tasks:
+        for others in found:
+            if task.is_global and others[0].rule == task.rule:
+                others.append(task)
+                break
+        else:
+            found.append([task])
+    return found
+
+
+def _together(counts: Sequence[Sequence[_Task]], given: _Given) -> dict[str, Tensor]:
+    """Return masks for which processes count together: for all groups at once."""
+    by_processes: dict[Processes | None, list[Sequence[_Task]]] = {}
+    for tasks in counts:
+        by_processes.setdefault(_processes(tasks), []).append(tasks)
     masks: dict[str, Tensor] = {}
-    for processes, pairs in by_processes.items():
-        groups = [group for _, group in pairs]
-        outcomes = count_down(groups, reduce=processes.summed, bits=_BITS, sample=0)
-        ties = share_ties(groups, outcomes, reduce=processes.summed, bits=_BITS)
-        for (task, group), outcome, (share,) in zip(pairs, outcomes, ties, strict=True):
-            kept, _ = keep(group, group.parts[0], outcome, share)
-            masks[task.name] = spread(kept, task.block, task.held.shape)
+    for processes, among in by_processes.items():
+        reduce = alone if processes is None else processes.summed
+        groups = [_group(tasks, given) for tasks in among]
+        outcomes = count_down(groups, reduce=reduce, bits=_BITS, sample=0)
+        ties = share_ties(groups, outcomes, reduce=reduce, bits=_BITS)
+        for tasks, group, outcome, shares in zip(among, groups, outcomes, ties, strict=True):
+            for task, part, share in zip(tasks, group.parts, shares, strict=True):
+                kept, _ = keep(group, part, outcome, share)
+                masks[task.name] = spread(kept, task.block, task.held.shape)
     return masks
 
 
-def _group(task: _Task, scored: _Scored) -> Group:
-    """Return the units of a weight, of which this process has some."""
-    assert task.shards is not None
-    scores, absolute = ranked(task.held, _given(task.rule, scored), task.context, task.block)
-    grid = grid_shape(task.block, task.weight.shape)
-    first = tuple(-(-o // b) for o, b in zip(task.shards.offset, task.block, strict=True))
-    units = math.prod(grid)
-    floats = scores.is_floating_point()
-    return Group(
-        [Part(lambda: scores, 0, scored.kept, grid, first)],
-        count(units, task.sparsity),
-        (units,),
-        widest([scores.dtype]) if floats else torch.int64,
-        absolute,
-    )
+def _processes(tasks: Sequence[_Task]) -> Processes | None:
+    """Return among which processes tensors are divided; those of a global group alike."""
+    first = tasks[0].processes
+    for task in tasks:
+        if task.processes != first:
+            raise ConfigError(
+                f"Expected tensors of a global group divided among the same processes; "
+                f"{tasks[0].name!r} and {task.name!r} are not. Give them rules that differ, or "
+                f"leave one out."
+            )
+    return first
+
+
+def _group(tasks: Sequence[_Task], given: _Given) -> Group:
+    """Return the units of tensors that share a count, of which this process has some."""
+    held = {task.name: task.held for task in tasks}
+    rule = tasks[0].given(given)
+    rule = replace(rule, pattern=replace(rule.pattern, group=GlobalGroup()))
+    before = {task.name: task.prev for task in tasks if task.prev is not None}
+    (shared,) = shared_groups(dict.fromkeys(held, rule), held)
+    # Squares of less than float64 need no scale.
+    own = group_of(shared, Inputs(held, tasks[0].context.step, before, {}), scale=0)
+    parts = [
+        part._replace(shape=task.grid, offset=task.first_unit)
+        for part, task in zip(own.parts, tasks, strict=True)
+    ]
+    sizes = tuple(math.prod(task.grid) for task in tasks)
+    return own._replace(parts=parts, sizes=sizes, k=count(sum(sizes), tasks[0].sparsity))
