@@ -41,6 +41,7 @@ from purprune import (
     PruneConfig,
     Random,
     Rule,
+    Unstructured,
     compute_masks,
 )
 from purprune.patterns import RowGroup
@@ -154,6 +155,37 @@ def test_masks_from_two_dims_of_processes_are_the_masks_of_the_whole():
     mesh = init_device_mesh("cpu", (2, 2))
     kinds = (Shard(0), Shard(1), Replicate())
     sweep(mesh, list(itertools.product(kinds, repeat=2)), range(25))
+
+
+@on_ranks(2, 4)
+def test_a_global_group_of_shards_prunes_what_it_prunes_of_the_whole():
+    """Defends one count for many tensors: ties go by the order of params, then by position."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rules = {
+        "entries": Rule(0.7, pattern=Unstructured(scope="global")),
+        "random": Rule(0.7, pattern=Unstructured(scope="global"), score=Random(1)),
+        "taylor": Rule(0.7, pattern=Unstructured(scope="global"), score="taylor"),
+        "channels": Rule(0.7, pattern=Channel(0, scope="global")),
+        "taylor channels": Rule(0.7, pattern=Channel(0, norm="l1", scope="global"), score="taylor"),
+    }
+    for name, rule in rules.items():
+        whole = {f"w{i}": weight_of(shape, torch.float32, i) for i, shape in enumerate(SHAPES)}
+        whole = {n: w.nan_to_num(posinf=7) for n, w in whole.items()}
+        grads = {n: w.flip(0) for n, w in whole.items()}
+        here = {n: distribute_tensor(w, mesh, [Shard(0)]) for n, w in whole.items()}
+        grads_here = {n: distribute_tensor(w, mesh, [Shard(0)]) for n, w in grads.items()}
+        prev, expected = None, None
+        for sparsity in (0.4, 0.8, 0.3):
+            now = Rule(sparsity, pattern=rule.pattern, score=rule.score)
+            prev = sharded_masks(here, 2, now, prev=prev, grads=grads_here)
+            expected = compute_masks(whole, 2, now, prev=expected, grads=grads)
+            assert prev.keys() == expected.keys()
+            for n, mask in prev.items():
+                assert isinstance(mask, DTensor)
+                assert torch.equal(mask.full_tensor(), expected[n]), (name, n, sparsity)
+    mixed = {**here, "w1": distribute_tensor(whole["w1"], mesh, [Replicate()])}
+    with pytest.raises(ConfigError, match=r"global group.*'w0' and 'w1' are not"):
+        sharded_masks(mixed, 0, rules["entries"])
 
 
 @on_ranks(4)
