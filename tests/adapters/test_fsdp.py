@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +288,7 @@ load_and_go_on.body = load_and_go_on  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_of_two_processes_goes_on_in_four_and_in_one(tmp_path, monkeypatch):
     """Defends law 10 across sizes: masks reshard with the weights, bit for bit."""
     monkeypatch.setenv("PURPRUNE_TEST_FOLDER", str(tmp_path))
@@ -334,3 +337,23 @@ def test_a_state_goes_on_in_the_same_shards_and_damage_is_found_in_all_processes
         Pruner(sharded(), CONFIG).load_state_dict({**state, "masks": other})
     with pytest.raises(ValueError, match=r"whole mask for"):
         Pruner(Transformer(), CONFIG).load_state_dict(state)
+
+
+def test_a_model_in_one_process_imports_nothing_of_shards():
+    """Defends the border: torch.distributed.tensor takes long to import."""
+    code = """
+import sys
+import torch
+from purprune import Rule
+from purprune_adapters import Pruner
+pruner = Pruner(torch.nn.Linear(4, 4), Rule(0.5))
+model = pruner.prepare()
+model(torch.ones(1, 4)).sum().backward()
+pruner.step()
+pruner.report()
+pruner.load_state_dict(pruner.state_dict())
+pruner.finalize()
+assert "torch.distributed.tensor" not in sys.modules
+assert not [name for name in sys.modules if "purprune_adapters.shard" in name]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
