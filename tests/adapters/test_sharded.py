@@ -151,10 +151,10 @@ def test_masks_from_the_shards_are_the_masks_of_the_whole_for_every_rule():
 @on_ranks(4)
 def test_masks_from_two_dims_of_processes_are_the_masks_of_the_whole():
     """Defends exactness on 2-D meshes: both dims cut, one dim cut twice, and replicas (HSDP)."""
-    sweep(init_device_mesh("cpu", (4,)), [(Shard(0),), (Shard(1),)], range(40))
+    sweep(init_device_mesh("cpu", (4,)), [(Shard(0),), (Shard(1),)], range(6))
     mesh = init_device_mesh("cpu", (2, 2))
     kinds = (Shard(0), Shard(1), Replicate())
-    sweep(mesh, list(itertools.product(kinds, repeat=2)), range(25))
+    sweep(mesh, list(itertools.product(kinds, repeat=2)), range(4))
 
 
 @on_ranks(2, 4)
