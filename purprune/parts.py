@@ -220,11 +220,11 @@ def sampled(group: Group, part: Part, kept: bool, sample: int) -> Tensor:
 def keep(group: Group, part: Part, outcome: Outcome, ties: int) -> tuple[Tensor, int]:
     """Return which units of a part stay, and how many of its ties went: at most ``ties``."""
     scores = part.scores()
-    if scores.device.type == "cpu":  # numpy asks for huge pages
+    if _on_cpu(scores):  # numpy asks for huge pages
         stay = torch.from_numpy(np.empty(scores.shape, dtype=np.bool_))
     else:
         stay = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    flat: Array = stay.view(-1).numpy() if scores.device.type == "cpu" else stay.view(-1)
+    flat: Array = stay.view(-1).numpy() if _on_cpu(scores) else stay.view(-1)
 
     def mark(starts: Sequence[int]) -> list[tuple[int, int]]:
         tied: list[tuple[int, int]] = []
