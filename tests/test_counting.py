@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from purprune import NaNError, counting, parts, ranking
+from purprune import NaNError, counting, parts
 from purprune.counting import Group, Outcome, Part, count_down, keep
 from purprune.ranking import widest
 from purprune.ties import share_ties
@@ -102,7 +102,6 @@ def test_torch_on_other_devices_counts_as_numpy_does(data):
     group = case.group(case.whole)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "_on_cpu", lambda tensor: False)
-        patch.setattr(ranking, "_keys_by_numpy", ranking._keys_by_torch)
         patch.setattr(parts, "in_threads", None)
         (outcome,) = count_down([group], bits=case.bits, sample=5)
         assert np.array_equal(in_order(group, outcome), case.expected)
