@@ -137,6 +137,11 @@ def _narrowed(search: _Search, below: int, counts: Tensor) -> _Search | Outcome:
 
 
 def _search_on(search: _Search, known: tuple[int, int]) -> _Search:
+    if known[0] > known[1]:
+        raise RuntimeError(
+            "Expected scores that stay as they are while they are counted; the counts contradict "
+            "each other. Does another thread write to the weights?"
+        )
     return search._replace(known=known, window=known)
 
 

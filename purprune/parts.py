@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from purprune.ranking import keys_of
+from purprune.ranking import key_scratch, keys_of
 from purprune.threads import in_threads
 
 T = TypeVar("T")
@@ -150,6 +150,30 @@ class _Chunk(NamedTuple):
     active: Array | None
     """Which of them are ranked; None: all."""
     nan: int
+    flags: Array | None
+    """Scratch on the CPU: two rows of bools."""
+
+    def below(self, bound: int) -> Array:
+        """Mark the keys below a bound."""
+        if self.flags is None:
+            return self.keys < bound
+        return np.less(self.keys, bound, out=self.flags[0, : len(self.keys)])
+
+    def up_to(self, bound: int) -> Array:
+        """Mark the keys up to a bound."""
+        if self.flags is None:
+            return self.keys <= bound
+        return np.less_equal(self.keys, bound, out=self.flags[1, : len(self.keys)])
+
+    def ties(self, bound: int) -> Array:
+        """Mark the ranked keys that are equal to a bound."""
+        if self.flags is None:
+            found = self.keys == bound
+        else:
+            found = np.equal(self.keys, bound, out=self.flags[0, : len(self.keys)])
+        if self.active is not None:
+            found &= self.active
+        return found
 
 
 def _chunks(
@@ -159,8 +183,11 @@ def _chunks(
     size, flat = _size(scores), scores.detach().reshape(-1)
     prev: Array | None = None if part.prev is None else part.prev.reshape(-1)
     prev = prev.numpy() if prev is not None and _on_cpu(prev) else prev
+    room = min(size, scores.numel())
+    scratch = key_scratch(group.dtype, room) if _on_cpu(scores) else None
+    flags = np.empty((2, room), np.bool_) if _on_cpu(scores) else None
     for start in starts:
-        keys, nan = keys_of(flat[start : start + size], group.dtype, group.absolute)
+        keys, nan = keys_of(flat[start : start + size], group.dtype, group.absolute, scratch)
         active: Array | None = None
         if nan:
             keys = keys[:0]
@@ -168,7 +195,7 @@ def _chunks(
             active = prev[start : start + size] if kept else ~prev[start : start + size]
         elif not kept:
             active = keys != keys
-        yield _Chunk(start, keys, active, nan)
+        yield _Chunk(start, keys, active, nan, flags)
 
 
 def count_part(group: Group, part: Part, kept: bool, buckets: Buckets, tally: Tally) -> None:
@@ -176,13 +203,13 @@ def count_part(group: Group, part: Part, kept: bool, buckets: Buckets, tally: Ta
     scores = part.scores()
 
     def count(starts: Sequence[int]) -> None:
-        for _, keys, active, nan in _chunks(scores, starts, part, group, kept):
-            below, inside = keys < buckets.start, keys <= buckets.stop - 1
-            if active is not None:
-                below &= active
-                inside &= active
+        for chunk in _chunks(scores, starts, part, group, kept):
+            below, inside = chunk.below(buckets.start), chunk.up_to(buckets.stop - 1)
+            if chunk.active is not None:
+                below &= chunk.active
+                inside &= chunk.active
             inside ^= below
-            tally.add(nan, _count(below), _taken(keys, inside, buckets))
+            tally.add(chunk.nan, _count(below), _taken(chunk.keys, inside, buckets))
 
     _over_chunks(count, scores)
 
@@ -220,37 +247,33 @@ def sampled(group: Group, part: Part, kept: bool, sample: int) -> Tensor:
 def keep(group: Group, part: Part, outcome: Outcome, ties: int) -> tuple[Tensor, int]:
     """Return which units of a part stay, and how many of its ties went: at most ``ties``."""
     scores = part.scores()
-    if scores.device.type == "cpu":  # numpy asks for huge pages
+    if _on_cpu(scores):  # numpy asks for huge pages
         stay = torch.from_numpy(np.empty(scores.shape, dtype=np.bool_))
     else:
         stay = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    flat: Array = stay.view(-1).numpy() if scores.device.type == "cpu" else stay.view(-1)
+    flat: Array = stay.view(-1).numpy() if _on_cpu(scores) else stay.view(-1)
 
     def mark(starts: Sequence[int]) -> list[tuple[int, int]]:
         tied: list[tuple[int, int]] = []
         for chunk in _chunks(scores, starts, part, group, outcome.kept):
             into = flat[chunk.start : chunk.start + len(chunk.keys)]
-            into[...] = chunk.keys >= outcome.bound
+            at_least = np.greater_equal if _on_cpu(scores) else torch.ge
+            at_least(chunk.keys, outcome.bound, out=into)
             if chunk.active is not None and outcome.kept:
                 into &= chunk.active
             elif chunk.active is not None:
                 into |= ~chunk.active
             if ties:
-                tied.append((chunk.start, _count(_ties(chunk, outcome))))
+                tied.append((chunk.start, _count(chunk.ties(outcome.bound))))
         return tied
 
     left = ties
     for start, tied in [found for run in _over_chunks(mark, scores) for found in run]:
         if left and tied:
             (chunk,) = _chunks(scores, [start], part, group, outcome.kept)
-            flat[start + _where(_ties(chunk, outcome))[:left]] = False
+            flat[start + _where(chunk.ties(outcome.bound))[:left]] = False
             left -= min(left, tied)
     return stay, ties - left
-
-
-def _ties(chunk: _Chunk, outcome: Outcome) -> Array:
-    flags = chunk.keys == outcome.bound
-    return flags if chunk.active is None else flags & chunk.active
 
 
 def _where(flags: Array) -> Array:
@@ -263,7 +286,7 @@ def tied_positions(group: Group, part: Part, outcome: Outcome) -> Iterator[Tenso
     for chunk in _chunks(
         scores, range(0, scores.numel(), _size(scores)), part, group, outcome.kept
     ):
-        at = torch.as_tensor(_where(_ties(chunk, outcome))).cpu() + chunk.start
+        at = torch.as_tensor(_where(chunk.ties(outcome.bound))).cpu() + chunk.start
         yield _in_whole(at, part, scores.shape)
 
 

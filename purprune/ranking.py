@@ -161,16 +161,25 @@ def key_range(dtype: torch.dtype, absolute: bool) -> tuple[int, int]:
     return (0 if absolute else -highest), highest
 
 
-def keys_of(scores: Tensor, dtype: torch.dtype, absolute: bool) -> tuple[Array, int]:
+def key_scratch(dtype: torch.dtype, size: int) -> NDArray[np.signedinteger[Any]]:
+    """Return memory for so many keys on the CPU: fresh pages cost more than arithmetic."""
+    return np.empty(size, np.dtype(f"i{dtype.itemsize}"))
+
+
+def keys_of(
+    scores: Tensor, dtype: torch.dtype, absolute: bool, scratch: Array | None
+) -> tuple[Array, int]:
     """Return the keys of scores, ranked in ``dtype``, and how many are NaN and have none.
 
-    The keys are numpy's on the CPU and torch's elsewhere. Where some scores are NaN they mean
-    nothing. ``dtype`` is one of the four floats that hold the scores exactly, or int64.
+    On the CPU the keys are numpy's, in the scratch; elsewhere they are torch's. Where some scores
+    are NaN they mean nothing. ``dtype`` is one of the four floats that hold the scores exactly, or
+    int64.
     """
     make = KeyMaker(absolute, _INFINITY.get(dtype))
-    keys = _keys_by_numpy if scores.device.type == "cpu" else _keys_by_torch
     try:
-        return keys(scores, dtype, make), 0
+        if scratch is None:
+            return _keys_by_torch(scores, dtype, make), 0
+        return make(_upcast(scores, dtype), scratch[: scores.numel()]), 0
     except (NaNError, NotANumberError):
         return np.zeros(0, np.int64), int(scores.isnan().sum())
 
@@ -178,11 +187,6 @@ def keys_of(scores: Tensor, dtype: torch.dtype, absolute: bool) -> tuple[Array, 
 def _keys_by_torch(scores: Tensor, dtype: torch.dtype, make: KeyMaker) -> Tensor:
     keys = _keys(_as_integers(scores.to(dtype))[0], make)
     return keys.int() if keys.itemsize == 2 else keys  # 16 bits do not hold every bound
-
-
-def _keys_by_numpy(scores: Tensor, dtype: torch.dtype, make: KeyMaker) -> Array:
-    bits = _upcast(scores, dtype)
-    return make(bits, np.empty(bits.shape, bits.dtype))
 
 
 def _upcast(scores: Tensor, dtype: torch.dtype) -> NDArray[np.signedinteger[Any]]:
