@@ -71,7 +71,7 @@ def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def run_ranks(world: int, names: Sequence[str], folder: Path) -> Failures:
     """Run tests in a fresh group of processes; return the tracebacks by test."""
     mp.spawn(_rank, (world, list(names), folder), world)
-    (folder / "store").unlink()
+    (folder / "store").unlink(missing_ok=True)  # not every torch leaves it
     return read_failures(world, names, folder)
 
 
