@@ -9,10 +9,12 @@ from purprune.masks import Count as Count
 from purprune.masks import Sparsity as Sparsity
 from purprune.masks import apply_masks as apply_masks
 from purprune.masks import compute_masks as compute_masks
+from purprune.masks import iter_masks as iter_masks
 from purprune.masks import sparsity as sparsity
 from purprune.patterns import NM as NM
 from purprune.patterns import Block as Block
 from purprune.patterns import Channel as Channel
+from purprune.patterns import GlobalGroup as GlobalGroup
 from purprune.patterns import Kernel as Kernel
 from purprune.patterns import Pattern as Pattern
 from purprune.patterns import Unstructured as Unstructured
@@ -25,5 +27,6 @@ from purprune.scores import Magnitude as Magnitude
 from purprune.scores import Random as Random
 from purprune.scores import ScoreContext as ScoreContext
 from purprune.scores import Taylor as Taylor
+from purprune.selection import LazyParams as LazyParams
 
 __version__ = "0.1.0"

@@ -7,8 +7,8 @@ is dense. Nothing here changes an argument or reads a global state.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -16,15 +16,22 @@ import torch
 from torch import Tensor
 
 from purprune.config import PruneConfig, Rule, as_config
-from purprune.errors import ConfigError, NaNError, near_misses
-from purprune.patterns import Layout
+from purprune.errors import NaNError, near_misses
 from purprune.ranking import keep_all_but_lowest, refuse_nan
-from purprune.scores import Magnitude, Random, ScoreContext, Taylor, full_precision
-from purprune.selection import check_params, select
-from purprune.units import grid_shape, is_entry, spread, unit_scores
+from purprune.scoring import (
+    check_mask,
+    kept_units,
+    norm_of,
+    ranks_absolute,
+    raw_scores,
+    sparsity_at,
+    unit_layout,
+)
+from purprune.selection import check_params, described, select
+from purprune.sharing import Inputs, Shared, shared_groups, shared_masks
+from purprune.units import is_entry, spread, unit_scores
 
 
-@torch.no_grad()
 def compute_masks(
     params: Mapping[str, Tensor],
     step: int,
@@ -36,7 +43,7 @@ def compute_masks(
     """Return the masks in force at ``step``, one for every parameter that a rule is for.
 
     In every group exactly ``floor(units * sparsity(step))`` units are pruned: the first by
-    (score, flat index).
+    (score, flat index), and where tensors share a group, ties by the order of ``params``.
 
     Args:
         params: flat mapping of dotted names to tensors, as ``dict(model.named_parameters())``.
@@ -58,23 +65,51 @@ def compute_masks(
     >>> compute_masks(params, 0, Rule(target_sparsity=0.75))
     {'fc.weight': tensor([[ True, False, False, False]])}
     """
-    check_params(params)
+    return dict(iter_masks(params, step, cfg, prev=prev, grads=grads))
+
+
+def iter_masks(
+    params: Mapping[str, Tensor],
+    step: int,
+    cfg: PruneConfig | Rule | Mapping[str, Any],
+    *,
+    prev: Mapping[str, Tensor] | None = None,
+    grads: Mapping[str, Tensor | None] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and masks of :func:`compute_masks` one at a time.
+
+    No more than one of the ``params`` is in use at a time, so that a mapping which loads its
+    tensors when they are asked for may be larger than memory. Each is asked for once; tensors that
+    share a count (``scope="global"``) are all counted first: once for a sample where there are more
+    than 131,072 units, once for the count, and seldom once or twice again. What a
+    :class:`LazyParams` says of shapes is believed, so that nothing is loaded to select rules.
+
+    Args and errors are those of :func:`compute_masks`.
+
+    >>> params = {"fc.weight": torch.tensor([[0.3, -0.2]]), "fc2.weight": torch.tensor([[0.1]])}
+    >>> from purprune import Unstructured
+    >>> rule = Rule(0.67, pattern=Unstructured(scope="global"))
+    >>> [(name, mask.tolist()) for name, mask in iter_masks(params, 0, rule)]
+    [('fc.weight', [[True, False]]), ('fc2.weight', [[False]])]
+    """
+    shapes = described(params)
     step = check_step(step)
-    rules = select(as_config(cfg), params).rules
+    rules = select(as_config(cfg), shapes).rules
     for what, given in (("prev", prev), ("grads", grads)):
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f"Expected {what} as a dict by name; got {type(given).__name__}.")
-    before, gradients = dict(prev or {}), dict(grads or {})
-    _refuse_strangers(before, params)
-    return {
-        name: _mask(
-            params[name].detach(),
-            rule,
-            ScoreContext(name, step, gradients.get(name)),
-            before.get(name),
-        )
-        for name, rule in rules.items()
-    }
+    inputs = Inputs(params, step, dict(prev or {}), dict(grads or {}))
+    _refuse_strangers(inputs.prev, shapes)
+    return _masks(rules, shared_groups(rules, shapes), inputs)
+
+
+@torch.no_grad()
+def _masks(
+    rules: Mapping[str, Rule], groups: list[Shared], inputs: Inputs
+) -> Iterator[tuple[str, Tensor]]:
+    shared = shared_masks([g for g in groups if g.sparsity_at(inputs.step)], inputs)
+    for name, rule in rules.items():
+        yield name, next(shared[name]) if name in shared else _mask(name, rule, inputs)
 
 
 def check_step(step: int) -> int:
@@ -88,128 +123,24 @@ def check_step(step: int) -> int:
     return whole
 
 
-def _mask(weight: Tensor, rule: Rule, context: ScoreContext, prev: Tensor | None) -> Tensor:
-    name = context.name
-    _refuse_unreadable(name, weight)
-    if weight.is_neg():
-        weight = weight.resolve_neg()
+def _mask(name: str, rule: Rule, inputs: Inputs) -> Tensor:
+    weight, context = inputs.weight(name), inputs.context(name)
     block, layout = unit_layout(name, rule, weight.shape)
-    before = None if prev is None else _kept_units(prev, block, weight, name)
-    sparsity = sparsity_at(name, rule, context.step)
+    prev = inputs.prev.get(name)
+    before = None if prev is None else kept_units(prev, block, weight, name)
+    sparsity = sparsity_at(name, rule, inputs.step)
     if sparsity == 0:  # no score is needed, nor a gradient
         refuse_nan(weight, f"the weight {name!r}")
         return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     try:
-        keep = keep_all_but_lowest(*_ranked(weight, rule, context, block), layout, sparsity, before)
+        scores = unit_scores(raw_scores(weight, rule, context), block, norm_of(rule))
+        absolute = ranks_absolute(rule, is_entry(block))
+        keep = keep_all_but_lowest(scores, absolute, layout, sparsity, before)
     except NaNError:
         refuse_nan(weight, f"the weight {name!r}")
-        refuse_nan(_scores(weight, rule, context), f"the score of {name!r}")
+        refuse_nan(raw_scores(weight, rule, context), f"the score of {name!r}")
         raise NaNError(f"Expected unit scores that are numbers for {name!r}; got NaN.") from None
     return spread(keep, block, weight.shape)
-
-
-def _ranked(
-    weight: Tensor, rule: Rule, context: ScoreContext, block: tuple[int, ...]
-) -> tuple[Tensor, bool]:
-    """Return the scores of units, and whether to rank their absolute values.
-
-    Magnitude is ranked, and its norms are summed, from the weight itself: nothing is copied.
-    """
-    norm = rule.pattern.norm
-    if isinstance(rule.score, Magnitude):
-        # The sum of magnitudes is the L1 norm.
-        return unit_scores(weight, block, "l1" if norm == "sum" else norm), True
-    refuse_nan(weight, f"the weight {context.name!r}")  # a score may hide it
-    has_sign = is_entry(block) or norm == "sum"
-    return unit_scores(_scores(weight, rule, context), block, norm), not has_sign
-
-
-def sparsity_at(name: str, rule: Rule, step: int) -> Fraction:
-    """Return the sparsity in force for a parameter; errors of its schedule name it."""
-    try:
-        return rule.sparsity_at(step)
-    except ConfigError as error:
-        raise ConfigError(f"{name!r}: {error}") from None
-
-
-def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ...], Layout]:
-    """Return the unit's extents and how the unit grid of a tensor divides into groups.
-
-    Raises:
-        ConfigError: when the rule's pattern does not fit the tensor; names the parameter.
-    """
-    try:
-        block = rule.pattern.unit.block(shape)
-        return block, rule.pattern.group.layout(grid_shape(block, shape))
-    except ConfigError as error:
-        raise ConfigError(f"{name!r}: {error}") from None
-
-
-def _refuse_unreadable(name: str, weight: Tensor) -> None:
-    if weight.is_meta:
-        raise ConfigError(
-            f"Expected a tensor with data for {name!r}; got a meta tensor. purprune.plan works "
-            f"on meta tensors; masks need values."
-        )
-    if weight.layout is not torch.strided:
-        raise ConfigError(
-            f"Expected a strided tensor for {name!r}; got {weight.layout}. Pass .to_dense()."
-        )
-    try:
-        weight.data_ptr()
-    except RuntimeError:
-        raise ConfigError(
-            f"Expected a tensor with memory for {name!r}; got one of a torch.func transform or a "
-            f"graph that is being captured. Compute masks outside, and apply_masks inside."
-        ) from None
-
-
-def _scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
-    gradient = context.gradient
-    if gradient is not None:
-        if gradient.shape != weight.shape:
-            raise ConfigError(
-                f"Expected a gradient of shape {tuple(weight.shape)} for {context.name!r}; "
-                f"got {tuple(gradient.shape)}."
-            )
-        context = replace(context, gradient=full_precision(gradient.detach()))
-    own = isinstance(rule.score, Taylor | Random)
-    scores = rule.score(full_precision(weight) if own else full_precision(weight).clone(), context)
-    if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ConfigError(
-            f"Expected scores of shape {tuple(weight.shape)} for {context.name!r}; got {got}."
-        )
-    if scores.is_complex() or scores.dtype in (torch.uint64, torch.bool):
-        raise ConfigError(
-            f"Expected scores that are floats or signed integers for {context.name!r}; "
-            f"got {scores.dtype}."
-        )
-    return scores
-
-
-def _kept_units(prev: Tensor, block: tuple[int, ...], weight: Tensor, name: str) -> Tensor:
-    """Return which units ``prev`` keeps; refuse a mask that cuts through units."""
-    check_mask(name, prev, weight)
-    if is_entry(block):
-        return prev
-    kept = prev[tuple(slice(None, None, b) for b in block)]  # the first entry of each unit
-    if not torch.equal(spread(kept, block, weight.shape), prev):
-        raise ConfigError(
-            f"Expected prev[{name!r}] to prune whole units of {block}; got one that cuts through "
-            f"units. Start without prev when the pattern changes."
-        )
-    return kept
-
-
-def check_mask(name: str, mask: Tensor, weight: Tensor) -> None:
-    """Raise when a mask is not of dtype bool, or not of the weight's shape."""
-    if mask.dtype != torch.bool:
-        raise TypeError(f"Expected a bool mask for {name!r}; got {mask.dtype}. True = keep.")
-    if mask.shape != weight.shape:
-        raise ValueError(
-            f"Expected a mask of shape {tuple(weight.shape)} for {name!r}; got {tuple(mask.shape)}."
-        )
 
 
 def _refuse_strangers(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:

@@ -138,6 +138,20 @@ class TensorGroup:
 
 
 @value
+class GlobalGroup:
+    """One group: all units of all tensors whose rules are equal, one score against another.
+
+    How much of each tensor goes is decided by its values; the count of all of them is exact.
+    """
+
+    kind: Literal["global"] = field(default="global", repr=False, kw_only=True)
+
+    def layout(self, shape: Sequence[int]) -> Layout:
+        """Return how a unit grid of this shape divides into groups: it is a part of one."""
+        return TensorGroup().layout(shape)
+
+
+@value
 class RowGroup:
     """One group for each index along ``dim``: the same count in every row."""
 
@@ -179,11 +193,13 @@ class EveryGroup:
 
 Group = Annotated[
     Annotated[TensorGroup, Tag("tensor")]
+    | Annotated[GlobalGroup, Tag("global")]
     | Annotated[RowGroup, Tag("row")]
     | Annotated[EveryGroup, Tag("every")],
     Discriminator("kind"),
 ]
 Norm = Literal["l2", "l1", "sum"]
+Scope = Literal["tensor", "global"]
 
 
 @value
@@ -205,41 +221,55 @@ class Pattern:
         return Fraction(group.zeros, group.m) if isinstance(group, EveryGroup) else None
 
 
-def Unstructured() -> Pattern:  # noqa: N802
-    """Return the pattern in which each entry is a unit and the tensor is the group.
+def _scoped(scope: Scope) -> TensorGroup | GlobalGroup:
+    if scope not in ("tensor", "global"):
+        raise ConfigError(f"Expected scope='tensor' or scope='global'; got {scope!r}.")
+    return GlobalGroup() if scope == "global" else TensorGroup()
 
-    >>> Unstructured() == Pattern()
-    True
+
+def Unstructured(*, scope: Scope = "tensor") -> Pattern:  # noqa: N802
+    """Return the pattern in which each entry is a unit.
+
+    With ``scope="global"`` all tensors whose rules are equal share one count, here and below.
+
+    >>> Unstructured() == Pattern(), Unstructured(scope="global") == Pattern(group=GlobalGroup())
+    (True, True)
     """
-    return Pattern()
+    return Pattern(group=_scoped(scope))
 
 
-def Channel(dim: int = 0, *, size: int = 1, norm: Norm = "l2") -> Pattern:  # noqa: N802
+def Channel(  # noqa: N802
+    dim: int = 0, *, size: int = 1, norm: Norm = "l2", scope: Scope = "tensor"
+) -> Pattern:
     """Return the pattern that prunes whole channels along ``dim``, ``size`` neighbours together.
 
     >>> Channel(dim=1).unit.block((8, 4, 3, 3))
     (8, 1, 3, 3)
     """
-    return Pattern(unit=ChannelUnit(dim, size), norm=norm)
+    return Pattern(unit=ChannelUnit(dim, size), group=_scoped(scope), norm=norm)
 
 
-def Kernel(*, size: int = 1, norm: Norm = "l2") -> Pattern:  # noqa: N802
+def Kernel(  # noqa: N802
+    *, size: int = 1, norm: Norm = "l2", scope: Scope = "tensor"
+) -> Pattern:
     """Return the pattern that prunes whole kernels, ``size`` neighbours along dim 0 together.
 
     >>> Kernel().unit.block((8, 4, 3, 3))
     (1, 1, 3, 3)
     """
-    return Pattern(unit=KernelUnit(size), norm=norm)
+    return Pattern(unit=KernelUnit(size), group=_scoped(scope), norm=norm)
 
 
-def Block(shape: int | Sequence[int], *, norm: Norm = "l2") -> Pattern:  # noqa: N802
+def Block(  # noqa: N802
+    shape: int | Sequence[int], *, norm: Norm = "l2", scope: Scope = "tensor"
+) -> Pattern:
     """Return the pattern that prunes blocks; an int is a block along dim 0, -1 is a whole dim.
 
     >>> Block(4) == Block((4,)), Block((2, -1)).unit.block((8, 16))
     (True, (2, 16))
     """
     extents = (shape,) if isinstance(shape, int) else tuple(shape)
-    return Pattern(unit=BlockUnit(extents), norm=norm)
+    return Pattern(unit=BlockUnit(extents), group=_scoped(scope), norm=norm)
 
 
 def NM(zeros: int, m: int, *, dim: int = 1) -> Pattern:  # noqa: N802

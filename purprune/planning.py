@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
@@ -13,9 +13,12 @@ from torch import Tensor
 
 from purprune.config import PruneConfig, Rule, as_config
 from purprune.errors import ConfigError
-from purprune.masks import check_step, sparsity_at, unit_layout
+from purprune.masks import check_step
+from purprune.patterns import GlobalGroup
 from purprune.ranking import count
-from purprune.selection import check_params, select
+from purprune.scoring import sparsity_at, unit_layout
+from purprune.selection import described, select
+from purprune.sharing import Shared, shared_groups
 from purprune.tables import skipped_text, text_table
 from purprune.units import grid_shape
 
@@ -44,7 +47,9 @@ class PlannedTensor:
     ragged_units: int
     """How many units are cut off by the tensor's end."""
     groups: tuple[PlannedGroups, ...]
-    """Groups by size; a tail of N:M is an entry of its own."""
+    """Groups by size; a tail of N:M is an entry of its own. Empty where tensors share one."""
+    shared: bool = False
+    """Whether the tensor shares one group with others: see :attr:`Plan.shared`."""
 
     @property
     def entries(self) -> int:
@@ -52,9 +57,25 @@ class PlannedTensor:
         return math.prod(self.shape)
 
     @property
-    def pruned_units(self) -> int:
-        """How many units are pruned."""
-        return sum(g.groups * g.pruned for g in self.groups)
+    def pruned_units(self) -> int | None:
+        """How many units are pruned; None where values decide, in a group of many tensors."""
+        return None if self.shared else sum(g.groups * g.pruned for g in self.groups)
+
+
+@dataclass(frozen=True)
+class PlannedShare:
+    """Tensors that share one count: how many units they have, and how many of these go."""
+
+    names: tuple[str, ...]
+    sparsity: Fraction
+    units: int
+    pruned: int
+
+    def __str__(self) -> str:
+        """Return a line below the table."""
+        more = f" and {len(self.names) - 4} more" if self.names[4:] else ""
+        names = f"{', '.join(self.names[:4])}{more}"
+        return f"\ntogether: {self.pruned:,} of {self.units:,} units of {names}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +85,8 @@ class Plan:
     step: int | None
     tensors: tuple[PlannedTensor, ...]
     skipped: Mapping[str, str]
+    shared: tuple[PlannedShare, ...] = ()
+    """The groups of many tensors, whose rules are equal."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, texts and numbers."""
@@ -76,7 +99,12 @@ class Plan:
             }
             for t in self.tensors
         ]
-        return {"step": self.step, "tensors": rows, "skipped": dict(self.skipped)}
+        shared = [
+            {**asdict(g), "names": list(g.names), "sparsity": float(g.sparsity)}
+            for g in self.shared
+        ]
+        found = {"step": self.step, "tensors": rows, "skipped": dict(self.skipped)}
+        return {**found, "shared": shared}
 
     def __str__(self) -> str:
         """Return a table."""
@@ -87,15 +115,20 @@ class Plan:
                 "x".join(map(str, t.unit)),
                 f"{t.units:,}",
                 f"{t.ragged_units:,}",
-                " + ".join(f"{g.groups:,} of {g.units:,}" for g in t.groups),
-                " + ".join(f"{g.pruned:,}" for g in t.groups),
-                f"{t.pruned_units:,}",
+                "shared" if t.shared else _sum(f"{g.groups:,} of {g.units:,}" for g in t.groups),
+                "-" if t.shared else _sum(f"{g.pruned:,}" for g in t.groups),
+                "-" if t.pruned_units is None else f"{t.pruned_units:,}",
                 f"{float(t.sparsity):.4g}",
             )
             for t in self.tensors
         ]
         head = ("parameter", "shape", "unit", "units", "ragged", "groups", "k", "pruned", "target")
-        return text_table(head, rows) + skipped_text(self.skipped)
+        shared = "".join(map(str, self.shared))
+        return text_table(head, rows) + shared + skipped_text(self.skipped)
+
+
+def _sum(terms: Iterable[str]) -> str:
+    return " + ".join(terms)
 
 
 @torch.no_grad()
@@ -120,13 +153,18 @@ def plan(
     >>> [(g.groups, g.units, g.pruned) for g in planned.tensors[0].groups], planned.skipped
     ([(8, 4, 2), (4, 2, 1)], {'fc.bias': '1-D: the global rule is for 2 or more dims'})
     """
-    check_params(params)
+    shapes = described(params)
     step = None if step is None else check_step(step)
-    selection = select(as_config(cfg), params)
-    tensors = tuple(
-        _planned(name, params[name].shape, rule, step) for name, rule in selection.rules.items()
-    )
-    return Plan(step, tensors, selection.skipped)
+    rules, skipped = select(as_config(cfg), shapes)
+    tensors = tuple(_planned(name, shapes[name].shape, rule, step) for name, rule in rules.items())
+    shared = tuple(_planned_share(group, step) for group in shared_groups(rules, shapes))
+    return Plan(step, tensors, skipped, shared)
+
+
+def _planned_share(group: Shared, step: int | None) -> PlannedShare:
+    names = tuple(group.members)
+    sparsity = _sparsity(names[0], group.rule, step)
+    return PlannedShare(names, sparsity, group.units, count(group.units, sparsity))
 
 
 def _sparsity(name: str, rule: Rule, step: int | None) -> Fraction:
@@ -145,10 +183,12 @@ def _planned(name: str, shape: torch.Size, rule: Rule, step: int | None) -> Plan
     grid = grid_shape(block, shape)
     columns = math.prod(grid[d] for d in layout.order[layout.lead :])
     rows = math.prod(grid[d] for d in layout.order[: layout.lead])
+    shared = isinstance(rule.pattern.group, GlobalGroup)
     groups = tuple(
         PlannedGroups(rows * (stop - start) // size, size, count(size, sparsity))
-        for start, stop, size in layout.spans(columns)
+        for start, stop, size in ([] if shared else layout.spans(columns))
     )
     whole = math.prod(n // b for b, n in zip(block, shape, strict=True))
     units = math.prod(grid)
-    return PlannedTensor(name, tuple(shape), sparsity, block, units, units - whole, groups)
+    ragged = units - whole
+    return PlannedTensor(name, tuple(shape), sparsity, block, units, ragged, groups, shared)

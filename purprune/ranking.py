@@ -10,10 +10,13 @@ devices sort stably.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from purprune.errors import NaNError
@@ -22,8 +25,11 @@ from purprune.selecting import KeyMaker, NotANumberError, Span
 from purprune.selecting import keep_all_but_lowest as keep_all_but_lowest_
 from purprune.values import exact
 
+Array = Any  # numpy's on the CPU, torch's elsewhere
+
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16}
 _BITS |= {torch.float32: torch.int32, torch.float64: torch.int64}
+_NUMPY = {torch.float32: (np.float32, np.int32), torch.float64: (np.float64, np.int64)}
 _INFINITY = {
     dtype: int(torch.tensor(math.inf, dtype=dtype).view(bits)) for dtype, bits in _BITS.items()
 }
@@ -42,10 +48,15 @@ def count(units: int, sparsity: float | Fraction) -> int:
 def refuse_nan(tensor: Tensor, what: str) -> None:
     """Raise a NaNError that names ``what`` holds NaN, and how many."""
     if bad := int(tensor.isnan().sum()) if tensor.is_floating_point() else 0:
-        raise NaNError(
-            f"Expected numbers in {what}; got {bad} NaN of {tensor.numel()} entries. NaN has no "
-            f"rank: find where the training diverged, or replace them before pruning."
-        )
+        raise nan_error(what, bad, tensor.numel())
+
+
+def nan_error(what: str, bad: int, entries: int) -> NaNError:
+    """Return the error that names ``what`` holds NaN, and how many."""
+    return NaNError(
+        f"Expected numbers in {what}; got {bad} NaN of {entries} entries. NaN has no rank: find "
+        f"where the training diverged, or replace them before pruning."
+    )
 
 
 def keep_all_but_lowest(
@@ -143,3 +154,58 @@ def _keys(bits: Tensor, make: KeyMaker) -> Tensor:
         raise NaNError("Expected numbers; got NaN.")
     sign = bits >> (info.bits - 1)
     return magnitude if make.absolute else (magnitude ^ sign) - sign
+
+
+def key_range(dtype: torch.dtype, absolute: bool) -> tuple[int, int]:
+    """Return the lowest and the highest key of scores that are ranked in ``dtype``."""
+    highest = _INFINITY.get(dtype, torch.iinfo(torch.int64).max - 1)
+    return (0 if absolute else -highest), highest
+
+
+def key_scratch(dtype: torch.dtype, size: int) -> NDArray[np.signedinteger[Any]]:
+    """Return memory for so many keys on the CPU: fresh pages cost more than arithmetic."""
+    return np.empty(size, np.dtype(f"i{dtype.itemsize}"))
+
+
+def keys_of(
+    scores: Tensor, dtype: torch.dtype, absolute: bool, scratch: Array | None
+) -> tuple[Array, int]:
+    """Return the keys of scores, ranked in ``dtype``, and how many are NaN and have none.
+
+    On the CPU the keys are numpy's, in the scratch; elsewhere they are torch's. Where some scores
+    are NaN they mean nothing. ``dtype`` is one of the four floats that hold the scores exactly, or
+    int64.
+    """
+    make = KeyMaker(absolute, _INFINITY.get(dtype))
+    try:
+        if scratch is None:
+            return _keys_by_torch(scores, dtype, make), 0
+        return make(_upcast(scores, dtype), scratch[: scores.numel()]), 0
+    except (NaNError, NotANumberError):
+        return np.zeros(0, np.int64), int(scores.isnan().sum())
+
+
+def _keys_by_torch(scores: Tensor, dtype: torch.dtype, make: KeyMaker) -> Tensor:
+    keys = _keys(_as_integers(scores.to(dtype))[0], make)
+    return keys.int() if keys.itemsize == 2 else keys  # 16 bits do not hold every bound
+
+
+def _upcast(scores: Tensor, dtype: torch.dtype) -> NDArray[np.signedinteger[Any]]:
+    """Return the bits of scores in a wider float; by numpy, which makes no threads of its own."""
+    if scores.dtype == dtype or dtype not in _BITS:
+        return np.asarray(_as_integers(scores)[0].numpy())
+    if scores.dtype == torch.bfloat16:  # the upper half of a float32
+        floats: Any = np.left_shift(scores.view(torch.int16).numpy(), 16, dtype=np.int32)
+        floats = floats.view(np.float32)
+    else:
+        floats = (scores.float() if scores.itemsize == 1 else scores).numpy()
+    wide, word = _NUMPY[dtype]
+    return np.asarray(floats.astype(wide, copy=False).view(word))
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the float in which scores of all these dtypes are ranked as they are."""
+    found = {dtype if dtype in _BITS else torch.float32 for dtype in dtypes}
+    if len(found) > 1:
+        found |= {torch.float32}  # neither 16-bit float holds the other
+    return max(found, key=lambda dtype: dtype.itemsize, default=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -188,6 +189,21 @@ def _not_global(name: str, tensor: Tensor, rule: Rule) -> str | None:
     if tensor.dim() < 2:
         return f"{tensor.dim()}-D: the global rule is for 2 or more dims"
     return None
+
+
+class LazyParams(Mapping[str, Tensor]):
+    """Parameters that are loaded when they are asked for, and dropped when nobody holds them."""
+
+    @abstractmethod
+    def shapes(self) -> Mapping[str, Tensor]:
+        """Return meta tensors of the same names; nothing is loaded."""
+
+
+def described(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return names, shapes and dtypes; raise when ``params`` is no flat mapping of tensors."""
+    shapes = params.shapes() if isinstance(params, LazyParams) else params
+    check_params(shapes)
+    return shapes
 
 
 def check_params(params: Mapping[str, Tensor]) -> None:

@@ -34,7 +34,7 @@ def _unit_extent(unit: Any, shape: Index) -> Index:
 
 def _group_of(group: Any, unit: Index) -> Any:
     match group.kind:
-        case "tensor":
+        case "tensor" | "global":
             return 0
         case "row":
             return unit[group.dim % len(unit)]
@@ -53,10 +53,8 @@ def _unit_score(scores: list[float], norm: str) -> Any:
     return sum(abs(s) if norm == "l1" else s * s for s in exact)
 
 
-def prune_oracle(
-    scores: Tensor, pattern: Pattern, sparsity: Fraction, prev: Tensor | None = None
-) -> Tensor:
-    """Return the mask (True = keep) by stable argsort in each group, all sums exact."""
+def _units(scores: Tensor, pattern: Pattern) -> list[tuple[Index, list[Index], Any]]:
+    """Return every unit: its index in the grid, the entries in it, and its score."""
     shape = tuple(scores.shape)
     extent = _unit_extent(pattern.unit, shape)
     values = scores.double().tolist() if scores.dim() else scores.item()
@@ -64,26 +62,70 @@ def prune_oracle(
     members: dict[Index, list[Index]] = defaultdict(list)
     for index in itertools.product(*map(range, shape)):
         members[tuple(i // max(e, 1) for i, e in zip(index, extent, strict=True))].append(index)
-    groups: dict[Any, list[Index]] = defaultdict(list)
-    for unit in sorted(members):
-        groups[_group_of(pattern.group, unit)].append(unit)
-    mask = torch.ones(shape, dtype=torch.bool)
+    single = math.prod(extent) == 1  # a single entry keeps its score, sign and all
+    return [
+        (
+            unit,
+            members[unit],
+            table[members[unit][0]]
+            if single
+            else _unit_score([table[i] for i in members[unit]], pattern.norm),
+        )
+        for unit in sorted(members)
+    ]
+
+
+def _prune(units: list[tuple[Tensor, list[Index], Any, bool]], sparsity: Fraction) -> None:
+    """Prune the first of (mask, entries, score, pruned before) in their masks."""
+    order = sorted(units, key=lambda unit: unit[2])  # stable
+    order.sort(key=lambda unit: not unit[3])
+    for mask, entries, _, _ in order[: math.floor(len(units) * sparsity)]:
+        for index in entries:
+            mask[index] = False
+
+
+def _gone(prev: Tensor | None, entries: list[Index]) -> bool:
+    return prev is not None and not any(bool(prev[i]) for i in entries)
+
+
+def prune_oracle(
+    scores: Tensor, pattern: Pattern, sparsity: Fraction, prev: Tensor | None = None
+) -> Tensor:
+    """Return the mask (True = keep) by a stable sort in each group, all sums exact."""
+    mask = torch.ones(tuple(scores.shape), dtype=torch.bool)
+    groups: dict[Any, list[tuple[Tensor, list[Index], Any, bool]]] = defaultdict(list)
+    for unit, entries, score in _units(scores, pattern):
+        row = (mask, entries, score, _gone(prev, entries))
+        groups[_group_of(pattern.group, unit)].append(row)
     for units in groups.values():
-        k = math.floor(len(units) * sparsity)
-        ranks = [
-            table[members[u][0]]  # a single entry keeps its score, sign and all
-            if math.prod(extent) == 1
-            else _unit_score([table[i] for i in members[u]], pattern.norm)
-            for u in units
-        ]
-        order = sorted(range(len(units)), key=lambda i: ranks[i])  # stable
-        if prev is not None:
-            gone = [not any(bool(prev[i]) for i in members[u]) for u in units]
-            order.sort(key=lambda i: not gone[i])
-        for i in order[:k]:
-            for index in members[units[i]]:
-                mask[index] = False
+        _prune(units, sparsity)
     return mask
+
+
+def global_oracle(
+    scores: dict[str, Tensor],
+    pattern: Pattern,
+    sparsity: Fraction,
+    prev: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return the masks by one stable sort of the units of all tensors, all sums exact."""
+    prev = prev or {}
+    masks = {name: torch.ones(tuple(s.shape), dtype=torch.bool) for name, s in scores.items()}
+    of_entries = all(
+        math.prod(_unit_extent(pattern.unit, tuple(s.shape))) == 1 for s in scores.values()
+    )
+
+    def score_of(s: Tensor, entries: list[Index], score: Any) -> Any:
+        values = [s.double()[i].item() for i in entries]
+        return score if of_entries else _unit_score(values, pattern.norm)
+
+    units = [
+        (masks[name], entries, score_of(s, entries, score), _gone(prev.get(name), entries))
+        for name, s in scores.items()
+        for _, entries, score in _units(s, pattern)
+    ]
+    _prune(units, sparsity)
+    return masks
 
 
 def polynomial_oracle(

@@ -21,7 +21,7 @@ from purprune import (
     Taylor,
     Unstructured,
 )
-from purprune.patterns import ChannelUnit, EveryGroup, KernelUnit, RowGroup
+from purprune.patterns import ChannelUnit, EveryGroup, GlobalGroup, KernelUnit, RowGroup
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -105,6 +105,25 @@ def patterns_for(draw: st.DrawFn, dims: int) -> Pattern:
     return draw(st.sampled_from(choices))
 
 
+def global_patterns_for(dims: int) -> st.SearchStrategy[Pattern]:
+    """Draw a pattern for tensors of so many dims or more that share one count."""
+    grouped = GlobalGroup()
+    return patterns_for(dims).map(lambda p: Pattern(unit=p.unit, group=grouped, norm=p.norm))
+
+
+@st.composite
+def members(
+    draw: st.DrawFn,
+    shape: st.SearchStrategy[list[int]] = shapes,
+    values: st.SearchStrategy[float] = exact_values,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> dict[str, Tensor]:
+    """Draw some tensors of few distinct values, so that ties go across tensors and dtypes."""
+    pool = st.sampled_from(draw(st.lists(values, min_size=1, max_size=6)))
+    number = draw(st.integers(1, 4))
+    return {f"w{i}": draw(weights(shape, pool, dtypes)) for i in range(number)}
+
+
 def squared(weight: Tensor, context: ScoreContext) -> Tensor:
     """Score as a user may: squares, which half precision would round to 0 or inf."""
     return weight * weight
@@ -131,6 +150,10 @@ PATTERNS = {
     "3:5 along dim 0": NM(zeros=3, m=5, dim=0),
     "1:1": NM(zeros=1, m=1),
     "5:17 (partition)": NM(zeros=5, m=17, dim=0),
+    "unstructured, global": Unstructured(scope="global"),
+    "channel of dim 1, global": Channel(1, scope="global"),
+    "kernel, sum, global": Kernel(norm="sum", scope="global"),
+    "block (3, -1), global": Block((3, -1), norm="l1", scope="global"),
     "channels in rows": Pattern(unit=ChannelUnit(1), group=RowGroup(1)),
 }
 

@@ -1,5 +1,6 @@
 """Adapters that put purprune's pure core into training loops and onto Apple devices."""
 
+from purprune_adapters.checkpoints import Checkpoint as Checkpoint
 from purprune_adapters.coreml import ExportError as ExportError
 from purprune_adapters.coreml import ExportReport as ExportReport
 from purprune_adapters.coreml import VerificationError as VerificationError

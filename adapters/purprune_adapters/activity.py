@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from purprune_adapters.distributed import local
+from purprune_adapters.hooks import state_of
 from purprune_adapters.inplace import zero_pruned_
 
 _SKIPPED = 16
@@ -25,7 +27,7 @@ class Activity:
         """Start without a call."""
         self.moved = 0
         self.still = 0
-        self._left: dict[str, tuple[int, int]] = {}
+        self._left: dict[str, tuple[int, ...]] = {}
         self._rows: dict[str, Tensor] = {}
         self._warned = False
 
@@ -62,17 +64,18 @@ class Activity:
         )
 
 
-def _versions(params: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+def _versions(params: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return what changes with writes that torch counts, and with new data."""
     return {
-        name: (0 if param.is_inference() else param._version, param.data_ptr())
+        name: (0, local(param).data_ptr()) if param.is_inference() else state_of(param)
         for name, param in params.items()
     }
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Return a few rows, spread over the tensor."""
-    rows = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
+    """Return a few rows of what this process holds, spread over the tensor."""
+    held = local(tensor).detach()
+    rows = held.reshape(1) if held.dim() == 0 else held
     return rows[:: max(1, len(rows) // _ROWS)]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purprune import PruneConfig, Rule, plan
+from purprune import Plan, PruneConfig, Rule, plan
+from purprune_adapters.distributed import counted, placed
 
 FORMAT = 1
 _KEYS = ("format", "step", "config", "masks")
@@ -47,16 +48,34 @@ def unpack_state(
             + "; ".join(differing)
         )
     masks = _fitting_masks(state["masks"], params, rules)
-    planned = plan(params, PruneConfig(module_name_configs=rules), step)
-    for row in planned.tensors:
-        kept = masks[row.name][tuple(slice(None, None, n) for n in row.unit)]
-        pruned = kept.numel() - int(torch.count_nonzero(kept))
-        if pruned != row.pruned_units:
-            raise ValueError(
-                f"Expected {row.pruned_units} of {row.units} units pruned in {row.name!r} at step "
-                f"{step}; the masks of the state prune {pruned}. It is damaged."
-            )
+    _refuse_other_counts(masks, plan(params, PruneConfig(module_name_configs=rules), step), step)
     return step, masks
+
+
+def _refuse_other_counts(masks: Mapping[str, Tensor], planned: Plan, step: int) -> None:
+    """Raise when masks do not prune what the schedule says, per tensor or group of tensors."""
+    unit = {row.name: row.unit for row in planned.tensors}
+    pruned = counted(masks, lambda name, mask: _pruned_units(mask, unit[name]))
+    counts = [
+        (repr(row.name), row.units, row.pruned_units, pruned[row.name])
+        for row in planned.tensors
+        if row.pruned_units is not None
+    ]
+    counts += [
+        (" and ".join(map(repr, g.names)), g.units, g.pruned, sum(pruned[n] for n in g.names))
+        for g in planned.shared
+    ]
+    for names, units, expected, got in counts:
+        if got != expected:
+            raise ValueError(
+                f"Expected {expected} of {units} units pruned in {names} at step {step}; the masks "
+                f"of the state prune {got}. It is damaged."
+            )
+
+
+def _pruned_units(mask: Tensor, unit: tuple[int, ...]) -> int:
+    kept = mask[tuple(slice(None, None, n) for n in unit)]
+    return kept.numel() - int(torch.count_nonzero(kept))
 
 
 def _loaded(config: Any) -> Any:
@@ -85,7 +104,7 @@ def _fitting_masks(
                 f"Expected a mask of shape {tuple(params[name].shape)} for {name!r}; the state "
                 f"has {tuple(mask.shape)}."
             )
-    return {name: masks[name].to(params[name].device, copy=True) for name in names}
+    return {name: placed(name, masks[name], params[name]) for name in names}
 
 
 def _differences(saved: Any, now: Any, path: str = "config") -> list[str]:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from purprune import SelectionError
+from purprune.ranking import nan_error
+from purprune_adapters.distributed import counted, fsdp_modules
 from purprune_adapters.hooks import MaskHook
+from purprune_adapters.wrappers import unwrapped
 
 
 def refuse_unfit_parameters(
@@ -49,6 +52,35 @@ def refuse_two_pruners(model: nn.Module, params: Mapping[str, Tensor], token: st
                         f"End that one first with its finalize(inplace=True), or set {name!r} to "
                         f"None here."
                     )
+
+
+def refuse_copy(
+    call: str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Raise when there is no deepcopy of a model that would do what the model itself does."""
+    if optimizer is not None:
+        raise ValueError(
+            f"Expected {call}(inplace=True) with optimizer=..., which holds the parameters of "
+            f"this model; a deepcopy would train without it."
+        )
+    if unwrapped(model) is not model:
+        raise ValueError(
+            f"Expected {call}(inplace=True) for a model inside {type(model).__name__}; a "
+            f"deepcopy would train without the wrapper. Or prepare the model, then wrap it."
+        )
+    if fsdp_modules(model):
+        raise ValueError(
+            f"Expected {call}(inplace=True) for a model under fully_shard, which can't be copied. "
+            f"Or load its full state dict into a plain model first."
+        )
+
+
+def refuse_nan(params: Mapping[str, Tensor]) -> None:
+    """Raise when a parameter holds NaN; names it and the count, over all its shards."""
+    found = counted(params, lambda _, tensor: int(tensor.isnan().sum()))
+    for name, bad in found.items():
+        if bad:
+            raise nan_error(f"the weight {name!r}", bad, params[name].numel())
 
 
 def refuse_another_model(

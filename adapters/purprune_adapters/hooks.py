@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from purprune_adapters.distributed import is_sharded, local, placed
 from purprune_adapters.inplace import zero_pruned_
 
 
@@ -21,21 +22,16 @@ class Seen(NamedTuple):
     """A tensor as it stood at some time: torch counts the writes to it."""
 
     tensor: weakref.ref[Tensor]
-    version: int
-    address: int
+    state: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Seen:
         """Remember a tensor as it stands now."""
-        return cls(weakref.ref(tensor), tensor._version, tensor.data_ptr())
+        return cls(weakref.ref(tensor), state_of(tensor))
 
     def is_still(self, tensor: Tensor) -> bool:
         """Tell whether this is the tensor, not written to since, and with the same memory."""
-        return (
-            self.tensor() is tensor
-            and self.version == tensor._version
-            and self.address == tensor.data_ptr()
-        )
+        return self.tensor() is tensor and self.state == state_of(tensor)
 
 
 class MaskStore:
@@ -62,16 +58,21 @@ class MaskStore:
             self._clean_gradients.pop(name, None)
 
     def mask_for(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the mask on the tensor's device, moved there once when the model moved."""
+        """Return the mask where the tensor is, brought there once when the model moved."""
         mask = self.masks[name]
-        if mask.device != tensor.device:
-            mask = self.masks[name] = mask.to(tensor.device)
+        if mask.device != tensor.device or is_sharded(mask) != is_sharded(tensor):
+            mask = self.masks[name] = placed(name, mask, tensor)
         return mask
+
+    def is_for(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether to mask this tensor: not one that FSDP gathered from masked shards."""
+        mask = self.masks.get(name)
+        return mask is not None and (is_sharded(tensor) or not is_sharded(mask))
 
     def apply_(self, name: str, param: Tensor) -> None:
         """Write zeros into the parameter, and remember that it is clean."""
         self._hook_gradient(name, param)
-        zero_pruned_(param, self.mask_for(name, param))
+        write_zeros_(param, self.mask_for(name, param))
         self.is_clean_now(name, param)
 
     def is_clean_now(self, name: str, param: Tensor) -> None:
@@ -82,8 +83,8 @@ class MaskStore:
     def mask_gradient_(self, name: str, param: Tensor) -> None:
         """Write zeros into the gradient, and remember it; sparse gradients are left alone."""
         grad = param.grad
-        if grad is not None and grad.layout is torch.strided:
-            zero_pruned_(grad, self.mask_for(name, grad))
+        if grad is not None and self.is_for(name, grad) and grad.layout is torch.strided:
+            write_zeros_(grad, self.mask_for(name, grad))
             self._clean_gradients[name] = Seen.of(grad)
 
     def has_masked_gradient(self, name: str, param: Tensor) -> bool:
@@ -119,6 +120,23 @@ class MaskStore:
         self._hooked.clear()
 
 
+def state_of(param: Tensor) -> tuple[int, ...]:
+    """Return what changes when a parameter is written to, or gets other data."""
+    if not is_sharded(param):
+        return (param._version, param.data_ptr())
+    held = local(param)
+    return (param._version, held._version, held.data_ptr())
+
+
+def write_zeros_(tensor: Tensor, mask: Tensor) -> None:
+    """Set the pruned entries of a tensor to zero; of shards each process writes its own."""
+    if is_sharded(tensor) and tensor.placements == mask.placements:  # type: ignore[attr-defined]
+        zero_pruned_(local(tensor), local(mask))
+        torch.autograd.graph.increment_version(tensor)
+    else:
+        zero_pruned_(tensor, mask)
+
+
 class MaskHook:
     """A forward pre-hook that masks parameters at and below its module before they are read."""
 
@@ -134,7 +152,7 @@ class MaskHook:
         for path, name in self.paths:
             param = operator.attrgetter(path)(module)
             # Other tensors stand here under torch.func: they are the caller's, and not written to.
-            if name in self.store.masks and isinstance(param, nn.Parameter):
+            if isinstance(param, nn.Parameter) and self.store.is_for(name, param):
                 self.store.apply_if_changed_(name, param)
 
 
@@ -173,7 +191,7 @@ def add_forward_hooks(model: nn.Module, store: MaskStore, names: Iterable[str]) 
         for path in _watchers(alias, modules):
             watched.setdefault(path, []).append((alias[len(path) + 1 if path else 0 :], name))
     for path, paths in watched.items():
-        # First of all: hooks of others may compute the module's weight from what is masked here.
+        # First of all: hooks of others compute the weight, or gather it, from what is masked here.
         modules[path].register_forward_pre_hook(MaskHook(store, paths), prepend=True)
 
 

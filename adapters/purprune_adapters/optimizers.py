@@ -24,8 +24,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from purprune_adapters.hooks import MaskStore, Seen
-from purprune_adapters.inplace import is_zero_where_pruned, zero_pruned_
+from purprune_adapters.distributed import local
+from purprune_adapters.hooks import MaskStore, Seen, write_zeros_
+from purprune_adapters.inplace import is_zero_where_pruned
 
 _KEEPING = (SGD, Adam, AdamW, Adagrad, RMSprop)
 
@@ -82,7 +83,7 @@ class ZeroKeeper:
             params = self._params()
             for name in names:
                 for tensor in self._moments(params[name]):
-                    zero_pruned_(tensor, self._store.mask_for(name, tensor))
+                    write_zeros_(tensor, self._store.mask_for(name, tensor))
 
     def remove(self) -> None:
         """Remove the hooks from the optimizer."""
@@ -125,7 +126,7 @@ class ZeroKeeper:
         if len(known) == len(moments) and all(map(Seen.is_still, known, moments)):
             return True
         mask = self._store.mask_for(name, param)
-        if all(is_zero_where_pruned(tensor, mask) for tensor in moments):
+        if all(is_zero_where_pruned(local(tensor), local(mask)) for tensor in moments):
             return True
         self._state_moves.add(name)
         return False

@@ -14,21 +14,28 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.optim does: it imports the compiler late
 
 import purprune
-from purprune import Count, Plan, PruneConfig, Rule
+from purprune import Count, GlobalGroup, Plan, PruneConfig, Rule
 from purprune.config import as_config
-from purprune.ranking import refuse_nan
 from purprune_adapters.activity import Activity
 from purprune_adapters.checkpoint import pack_state, unpack_state
 from purprune_adapters.checks import (
     refuse_another_model,
+    refuse_copy,
+    refuse_nan,
     refuse_two_pruners,
     refuse_unfit_parameters,
 )
-from purprune_adapters.hooks import MaskStore, add_forward_hooks, remove_forward_hooks
-from purprune_adapters.inplace import zero_pruned_
+from purprune_adapters.distributed import counted, masks_at, reshard
+from purprune_adapters.hooks import (
+    MaskStore,
+    add_forward_hooks,
+    remove_forward_hooks,
+    write_zeros_,
+)
 from purprune_adapters.optimizers import ZeroKeeper
 from purprune_adapters.report import Report, ReportRow
 from purprune_adapters.resolve import resolve_rules
+from purprune_adapters.wrappers import unwrapped
 
 
 class Pruner:
@@ -42,7 +49,8 @@ class Pruner:
     ``masks = compute_masks(params, t, cfg, prev=masks); params = apply_masks(params, masks)``.
 
     Args:
-        model: the model to prune.
+        model: the model to prune. Of DistributedDataParallel and ``torch.compile`` it is the model
+            inside, and its names have no prefix.
         config: a :class:`purprune.PruneConfig`, a :class:`purprune.Rule` for all supported
             modules, or a dict.
         optimizer: when given, weights are masked right after each ``optimizer.step()`` too, so
@@ -83,6 +91,7 @@ class Pruner:
     ) -> None:
         """Resolve the config on the model; nothing is changed yet."""
         self._config = as_config(config)
+        self._given, model = model, unwrapped(model)
         selection = resolve_rules(model, self._config)
         self._rules, self._skipped = selection.rules, selection.skipped
         self._model = model
@@ -106,7 +115,7 @@ class Pruner:
 
     @property
     def model(self) -> nn.Module:
-        """The model that is pruned: a copy after ``prepare(inplace=False)``."""
+        """The model that is pruned, without wrappers: a copy after ``prepare(inplace=False)``."""
         return self._model
 
     @property
@@ -138,7 +147,7 @@ class Pruner:
     def plan(self, step: int | None = None) -> Plan:
         """Return what would be pruned at a step (None: at the end), in integers."""
         planned = purprune.plan(self._params(), self.resolved_config, step)
-        return Plan(planned.step, planned.tensors, self._skipped)
+        return Plan(planned.step, planned.tensors, self._skipped, planned.shared)
 
     def sparsity_at(self, step: int) -> dict[str, float]:
         """Return the sparsity of units that is in force at ``step``, by parameter name."""
@@ -152,6 +161,7 @@ class Pruner:
 
         Args:
             inplace: False prunes and returns a deepcopy; make the optimizer from its parameters.
+                True prunes and returns the model that was given, its wrapper included.
 
         Raises:
             NaNError: a weight holds NaN; nothing is changed then.
@@ -164,18 +174,15 @@ class Pruner:
                 f"Pruner to start again.",
                 stacklevel=2,
             )
-            return self._model
-        if self._optimizer is not None and not inplace:
-            raise ValueError(
-                "Expected prepare(inplace=True) with optimizer=..., which holds the parameters of "
-                "this model; a deepcopy would train without it."
-            )
+            return self._given
+        if not inplace:
+            refuse_copy("prepare", self._given, self._optimizer)
         refuse_two_pruners(self._model, self._params(), self._store.token)
         step, masks = self._loaded or (0, None)
         if masks is None:
             masks = self._compute(0, self._rules, {})
         if not inplace:
-            self._model = copy.deepcopy(self._model)
+            self._given = self._model = copy.deepcopy(self._model)
             self._owners = _owners(self._model, self._rules)
         self._step, self._loaded = step, None
         if self._optimizer is not None:
@@ -187,7 +194,7 @@ class Pruner:
         self._activity.start(self._params())
         add_forward_hooks(self._model, self._store, self._rules)
         self._phase = "prepared"
-        return self._model
+        return self._given
 
     @_disable_dynamo  # counting and ranking are no graphs; around them all may be compiled
     def step(self) -> None:
@@ -225,15 +232,17 @@ class Pruner:
         """
         self._require_prepared("finalize")
         chosen = self._model if model is None else model
+        if not inplace:
+            refuse_copy("finalize", chosen)
+        reshard(chosen)
         params = dict(chosen.named_parameters())
         refuse_another_model(chosen, params, self._store.masks)
-        for name in self._rules:
-            refuse_nan(params[name], f"the weight {name!r}")
+        refuse_nan({name: params[name] for name in self._rules})
         self._warn_unless_over()
         final = chosen if inplace else copy.deepcopy(chosen)
         params = dict(final.named_parameters())
         for name in self._rules:
-            zero_pruned_(params[name], self._store.mask_for(name, params[name]))
+            write_zeros_(params[name], self._store.mask_for(name, params[name]))
         remove_forward_hooks(final, self._store.token)
         if final is self._model:
             self._remove_handles()
@@ -241,16 +250,21 @@ class Pruner:
         return final
 
     def report(self) -> Report:
-        """Count the zeros in the weights as they are now; each weight is read once."""
+        """Count the zeros in the weights as they are now; each weight is read once.
+
+        Of sharded weights all are counted, in every process: call it in all of them.
+        """
         params = self._params()
+        zeros, pruned = _zeros(params), _zeros(self._store.masks)
         rows = [
             ReportRow(
                 name,
                 tuple(params[name].shape),
-                _zeros(params[name]),
-                _pruned(self._store.masks.get(name), params[name]),
+                Count(zeros[name], params[name].numel()),
+                Count(pruned.get(name, 0), params[name].numel()),
                 float(rule.sparsity_at(self._step)),
                 None if rule.last_step is None else float(rule.target),
+                isinstance(rule.pattern.group, GlobalGroup),
             )
             for name, rule in self._rules.items()
         ]
@@ -288,6 +302,7 @@ class Pruner:
 
     def _params(self) -> dict[str, Tensor]:
         """Look the parameters up in their modules: ``load_state_dict(assign=True)`` renews them."""
+        reshard(self._model)
         return {name: getattr(owner, leaf) for name, (owner, leaf) in self._owners.items()}
 
     def _compute(
@@ -295,7 +310,7 @@ class Pruner:
     ) -> dict[str, Tensor]:
         params = {name: param for name, param in self._params().items() if name in rules}
         before = {n: self._store.mask_for(n, params[n]) for n in params if n in prev}
-        return purprune.compute_masks(
+        return masks_at(
             params,
             step,
             PruneConfig(module_name_configs=dict(rules)),
@@ -356,10 +371,6 @@ def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module
     return {name: (model.get_submodule(path), leaf) for name, (path, _, leaf) in paths.items()}
 
 
-def _zeros(weight: Tensor) -> Count:
-    return Count(weight.numel() - int(torch.count_nonzero(weight.detach())), weight.numel())
-
-
-def _pruned(mask: Tensor | None, weight: Tensor) -> Count:
-    kept = weight.numel() if mask is None else int(torch.count_nonzero(mask))
-    return Count(weight.numel() - kept, weight.numel())
+def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    kept = counted(tensors, lambda _, tensor: int(torch.count_nonzero(tensor.detach())))
+    return {name: tensor.numel() - kept[name] for name, tensor in tensors.items()}

@@ -24,6 +24,8 @@ class ReportRow:
     """The sparsity of units that the schedule has in force now."""
     target: float | None
     """The sparsity of units at the schedule's end; None for a callable schedule."""
+    shared: bool = False
+    """Whether both are those of all tensors of a global group together."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Report:
                     "pruned_by_mask": row.mask.zeros,
                     "sparsity": row.sparsity,
                     "target_sparsity": row.target,
+                    "shared": row.shared,
                 }
                 for row in self.rows
             },
@@ -83,10 +86,11 @@ class Report:
                 f"{row.weight.zeros:,}",
                 f"{row.weight.entries:,}",
                 f"{float(row.weight):.2%}",
-                f"{row.sparsity:.4g}",
-                "-" if row.target is None else f"{row.target:.4g}",
+                f"{row.sparsity:.4g}{shared}",
+                "-" if row.target is None else f"{row.target:.4g}{shared}",
             )
             for row in self.rows
+            for shared in [" of all" if row.shared else ""]
         ]
         head = ("parameter", "shape", "zeros", "entries", "zero", "in force", "target")
         share = self.total.zeros / self.model_entries if self.model_entries else 0.0

@@ -1,0 +1,301 @@
+"""Parts: what is asked of one part of a group, chunk by chunk, so that scratch stays small.
+
+How many keys are in each bucket, a sample, which units stay, and where the ties are. The groups and
+how their k-th is found are :mod:`purprune.counting`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from purprune.ranking import key_scratch, keys_of
+from purprune.threads import in_threads
+
+T = TypeVar("T")
+Array = Any  # numpy's on the CPU, where it is faster, else torch's
+
+_CHUNK = 1 << 18
+"""Keys that are made at a time on the CPU, so that scratch stays in the cache."""
+_DEVICE_CHUNK = 1 << 23
+_GOLDEN = 0.6180339887498949
+"""Multiples of it modulo 1 fall evenly: a sample without a stride that data could follow."""
+
+
+class Part(NamedTuple):
+    """A member of a group, or a rectangular piece of one."""
+
+    scores: Callable[[], Tensor]
+    """Returns the unit scores of the piece; called once in every pass, and not kept."""
+    member: int
+    """Which member of the group this is, from 0; members are ordered by it."""
+    prev: Tensor | None = None
+    """Which units are kept so far, in the shape of the piece; None: all."""
+    shape: tuple[int, ...] | None = None
+    """The member's whole unit grid; None: the piece is the whole."""
+    offset: tuple[int, ...] = ()
+    """Where in the grid the piece begins, per dim."""
+
+
+class Group(NamedTuple):
+    """Units that share one count; the same in every process but for its parts."""
+
+    parts: Sequence[Part]
+    """The parts that this process holds, in the order of their members."""
+    k: int
+    """How many units go."""
+    sizes: tuple[int, ...]
+    """How many units each member has, wherever they are."""
+    dtype: torch.dtype
+    """What scores are ranked in: a float that holds every member's, or int64."""
+    absolute: bool
+    """Rank ``|scores|``, without making them."""
+    among: tuple[int, int] | None = None
+    """The lowest and the highest key that there may be; None: what the dtype allows."""
+
+
+class Outcome(NamedTuple):
+    """Which units of a group go."""
+
+    kept: bool
+    """True: all that were pruned go, and of those kept so far the ones below ``bound``.
+
+    False: of those pruned so far the ones below ``bound`` stay pruned, and nothing else goes.
+    """
+    bound: int
+    """A key."""
+    ties: int = 0
+    """Of the units whose key is ``bound`` so many go too: the first by (member, flat index)."""
+
+
+class Buckets(NamedTuple):
+    """Neighbouring intervals of keys, each ``2**shift`` wide."""
+
+    first: int
+    number: int
+    shift: int
+
+    @property
+    def start(self) -> int:
+        """The lowest key of the first bucket."""
+        return self.first << self.shift
+
+    @property
+    def stop(self) -> int:
+        """The key behind the last bucket."""
+        return (self.first + self.number) << self.shift
+
+
+class Tally:
+    """Counts of NaN, of keys before the buckets, and in each bucket.
+
+    Keys wait until there are as many as buckets, and are counted at once.
+    """
+
+    def __init__(self, buckets: Buckets) -> None:
+        """Begin at zero."""
+        self._counts = np.zeros(2 + buckets.number, dtype=np.int64)
+        self._waiting: list[Array] = []
+        self._waiting_keys = 0
+        self._lock = threading.Lock()
+
+    def add(self, nan: int, below: int, inside: Array) -> None:
+        """Count a chunk; ``inside`` says in which bucket, from 0, each key is."""
+        with self._lock:
+            self._counts[:2] += (nan, below)
+            self._waiting.append(inside)
+            self._waiting_keys += len(inside)
+            if self._waiting_keys >= len(self._counts):
+                self._settle()
+
+    def counts(self) -> Tensor:
+        """Return the counts so far as one tensor on the CPU."""
+        self._settle()
+        return torch.from_numpy(self._counts)
+
+    def _settle(self) -> None:
+        waiting, self._waiting, self._waiting_keys = self._waiting, [], 0
+        if waiting and isinstance(waiting[0], Tensor):
+            found = torch.bincount(torch.cat(waiting), minlength=len(self._counts) - 2)
+            self._counts[2:] += found.cpu().numpy()
+        elif waiting:
+            self._counts[2:] += np.bincount(
+                np.concatenate(waiting), minlength=len(self._counts) - 2
+            )
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _size(scores: Tensor) -> int:
+    return _CHUNK if _on_cpu(scores) else _DEVICE_CHUNK
+
+
+def _over_chunks(work: Callable[[Sequence[int]], T], scores: Tensor) -> list[T]:
+    """Call ``work`` with the starts of chunks: on the CPU with a run of them in each thread."""
+    starts = range(0, scores.numel(), _size(scores))
+    return in_threads(work, starts) if _on_cpu(scores) else [work(starts)]
+
+
+class _Chunk(NamedTuple):
+    start: int
+    keys: Array
+    active: Array | None
+    """Which of them are ranked; None: all."""
+    nan: int
+    flags: Array | None
+    """Scratch on the CPU: two rows of bools."""
+
+    def below(self, bound: int) -> Array:
+        """Mark the keys below a bound."""
+        if self.flags is None:
+            return self.keys < bound
+        return np.less(self.keys, bound, out=self.flags[0, : len(self.keys)])
+
+    def up_to(self, bound: int) -> Array:
+        """Mark the keys up to a bound."""
+        if self.flags is None:
+            return self.keys <= bound
+        return np.less_equal(self.keys, bound, out=self.flags[1, : len(self.keys)])
+
+    def ties(self, bound: int) -> Array:
+        """Mark the ranked keys that are equal to a bound."""
+        if self.flags is None:
+            found = self.keys == bound
+        else:
+            found = np.equal(self.keys, bound, out=self.flags[0, : len(self.keys)])
+        if self.active is not None:
+            found &= self.active
+        return found
+
+
+def _chunks(
+    scores: Tensor, starts: Sequence[int], part: Part, group: Group, kept: bool
+) -> Iterator[_Chunk]:
+    """Yield keys in chunks, and which of them are ranked: those kept so far, or the others."""
+    size, flat = _size(scores), scores.detach().reshape(-1)
+    prev: Array | None = None if part.prev is None else part.prev.reshape(-1)
+    prev = prev.numpy() if prev is not None and _on_cpu(prev) else prev
+    room = min(size, scores.numel())
+    scratch = key_scratch(group.dtype, room) if _on_cpu(scores) else None
+    flags = np.empty((2, room), np.bool_) if _on_cpu(scores) else None
+    for start in starts:
+        keys, nan = keys_of(flat[start : start + size], group.dtype, group.absolute, scratch)
+        active: Array | None = None
+        if nan:
+            keys = keys[:0]
+        elif prev is not None:
+            active = prev[start : start + size] if kept else ~prev[start : start + size]
+        elif not kept:
+            active = keys != keys
+        yield _Chunk(start, keys, active, nan, flags)
+
+
+def count_part(group: Group, part: Part, kept: bool, buckets: Buckets, tally: Tally) -> None:
+    """Count the keys of a part."""
+    scores = part.scores()
+
+    def count(starts: Sequence[int]) -> None:
+        for chunk in _chunks(scores, starts, part, group, kept):
+            below, inside = chunk.below(buckets.start), chunk.up_to(buckets.stop - 1)
+            if chunk.active is not None:
+                below &= chunk.active
+                inside &= chunk.active
+            inside ^= below
+            tally.add(chunk.nan, _count(below), _taken(chunk.keys, inside, buckets))
+
+    _over_chunks(count, scores)
+
+
+def _count(flags: Array) -> int:
+    if isinstance(flags, Tensor):
+        return int(torch.count_nonzero(flags))
+    return int(np.count_nonzero(flags))
+
+
+def _taken(keys: Array, inside: Array, buckets: Buckets) -> Array:
+    """Return in which bucket, from 0, the keys are that are inside."""
+    if isinstance(keys, Tensor):
+        return (keys[inside] >> buckets.shift).to(torch.int64) - buckets.first
+    if not inside.all():
+        keys = np.compress(inside, keys)
+    keys = keys >> buckets.shift
+    wide = np.int64 if keys.itemsize == 8 else np.int32
+    return np.subtract(keys, buckets.first, dtype=wide)
+
+
+def sampled(group: Group, part: Part, kept: bool, sample: int) -> Tensor:
+    """Return some of the part's scores on the CPU: about ``sample`` when all parts do."""
+    scores = part.scores().reshape(-1)
+    size = math.ceil(scores.numel() * sample / sum(group.sizes))
+    at = torch.arange(size, dtype=torch.float64) * _GOLDEN % 1.0 * scores.numel()
+    at = at.to(torch.int64).to(scores.device)
+    if part.prev is not None:
+        at = at[part.prev.reshape(-1)[at] == kept]
+    elif not kept:
+        at = at[:0]
+    return scores[at].to("cpu", group.dtype)
+
+
+def keep(group: Group, part: Part, outcome: Outcome, ties: int) -> tuple[Tensor, int]:
+    """Return which units of a part stay, and how many of its ties went: at most ``ties``."""
+    scores = part.scores()
+    if _on_cpu(scores):  # numpy asks for huge pages
+        stay = torch.from_numpy(np.empty(scores.shape, dtype=np.bool_))
+    else:
+        stay = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    flat: Array = stay.view(-1).numpy() if _on_cpu(scores) else stay.view(-1)
+
+    def mark(starts: Sequence[int]) -> list[tuple[int, int]]:
+        tied: list[tuple[int, int]] = []
+        for chunk in _chunks(scores, starts, part, group, outcome.kept):
+            into = flat[chunk.start : chunk.start + len(chunk.keys)]
+            at_least = np.greater_equal if _on_cpu(scores) else torch.ge
+            at_least(chunk.keys, outcome.bound, out=into)
+            if chunk.active is not None and outcome.kept:
+                into &= chunk.active
+            elif chunk.active is not None:
+                into |= ~chunk.active
+            if ties:
+                tied.append((chunk.start, _count(chunk.ties(outcome.bound))))
+        return tied
+
+    left = ties
+    for start, tied in [found for run in _over_chunks(mark, scores) for found in run]:
+        if left and tied:
+            (chunk,) = _chunks(scores, [start], part, group, outcome.kept)
+            flat[start + _where(chunk.ties(outcome.bound))[:left]] = False
+            left -= min(left, tied)
+    return stay, ties - left
+
+
+def _where(flags: Array) -> Array:
+    return flags.nonzero()[:, 0] if isinstance(flags, Tensor) else np.flatnonzero(flags)
+
+
+def tied_positions(group: Group, part: Part, outcome: Outcome) -> Iterator[Tensor]:
+    """Yield in chunks the flat index in the whole member of each unit whose key is the bound."""
+    scores = part.scores()
+    for chunk in _chunks(
+        scores, range(0, scores.numel(), _size(scores)), part, group, outcome.kept
+    ):
+        at = torch.as_tensor(_where(chunk.ties(outcome.bound))).cpu() + chunk.start
+        yield _in_whole(at, part, scores.shape)
+
+
+def _in_whole(at: Tensor, part: Part, piece: Sequence[int]) -> Tensor:
+    """Return indices in a piece as indices in its whole member; they order alike."""
+    if part.shape is None:
+        return at
+    index, stride = torch.zeros_like(at), 1
+    for n, whole, offset in reversed([*zip(piece, part.shape, part.offset, strict=True)]):
+        index += (at % n + offset) * stride
+        at, stride = at // n, stride * whole
+    return index

@@ -1,0 +1,133 @@
+"""Scoring: what a rule says of one tensor, and what is refused on the way.
+
+From a weight and its rule to the scores of its units, the layout of its groups and the sparsity in
+force. Errors name the parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from purprune.config import Rule
+from purprune.errors import ConfigError
+from purprune.patterns import Layout, Norm
+from purprune.ranking import refuse_nan
+from purprune.scores import Magnitude, Random, ScoreContext, Taylor, full_precision
+from purprune.units import grid_shape, is_entry, spread
+
+
+def raw_scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
+    """Return the scores of entries. Magnitude's are the weight itself: nothing is copied."""
+    if isinstance(rule.score, Magnitude):
+        return weight
+    refuse_nan(weight, f"the weight {context.name!r}")  # a score may hide it
+    return entry_scores(weight, rule, context)
+
+
+def norm_of(rule: Rule) -> Norm:
+    """Return the norm that makes units' scores of raw ones: a sum of magnitudes is the L1 norm."""
+    norm = rule.pattern.norm
+    return "l1" if norm == "sum" and isinstance(rule.score, Magnitude) else norm
+
+
+def ranks_absolute(rule: Rule, of_entries: bool) -> bool:
+    """Tell whether units go by the absolute values of their scores."""
+    if isinstance(rule.score, Magnitude):
+        return True
+    return not of_entries and rule.pattern.norm != "sum"
+
+
+def sparsity_at(name: str, rule: Rule, step: int) -> Fraction:
+    """Return the sparsity in force for a parameter; errors of its schedule name it."""
+    try:
+        return rule.sparsity_at(step)
+    except ConfigError as error:
+        raise ConfigError(f"{name!r}: {error}") from None
+
+
+def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ...], Layout]:
+    """Return the unit's extents and how the unit grid of a tensor divides into groups.
+
+    Raises:
+        ConfigError: when the rule's pattern does not fit the tensor; names the parameter.
+    """
+    try:
+        block = rule.pattern.unit.block(shape)
+        return block, rule.pattern.group.layout(grid_shape(block, shape))
+    except ConfigError as error:
+        raise ConfigError(f"{name!r}: {error}") from None
+
+
+def readable(name: str, weight: Tensor) -> Tensor:
+    """Return the weight's values, detached; raise where it has none that can be read."""
+    weight = weight.detach()
+    if weight.is_meta:
+        raise ConfigError(
+            f"Expected a tensor with data for {name!r}; got a meta tensor. purprune.plan works "
+            f"on meta tensors; masks need values."
+        )
+    if weight.layout is not torch.strided:
+        raise ConfigError(
+            f"Expected a strided tensor for {name!r}; got {weight.layout}. Pass .to_dense()."
+        )
+    try:
+        weight.data_ptr()
+    except RuntimeError:
+        raise ConfigError(
+            f"Expected a tensor with memory for {name!r}; got one of a torch.func transform or a "
+            f"graph that is being captured. Compute masks outside, and apply_masks inside."
+        ) from None
+    return weight.resolve_neg()
+
+
+def entry_scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
+    """Return one score per entry; raise when the rule's score returns anything else."""
+    gradient = context.gradient
+    if gradient is not None:
+        if gradient.shape != weight.shape:
+            raise ConfigError(
+                f"Expected a gradient of shape {tuple(weight.shape)} for {context.name!r}; "
+                f"got {tuple(gradient.shape)}."
+            )
+        context = replace(context, gradient=full_precision(gradient.detach()))
+    own = isinstance(rule.score, Taylor | Random)
+    scores = rule.score(full_precision(weight) if own else full_precision(weight).clone(), context)
+    if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ConfigError(
+            f"Expected scores of shape {tuple(weight.shape)} for {context.name!r}; got {got}."
+        )
+    if scores.is_complex() or scores.dtype in (torch.uint64, torch.bool):
+        raise ConfigError(
+            f"Expected scores that are floats or signed integers for {context.name!r}; "
+            f"got {scores.dtype}."
+        )
+    return scores
+
+
+def kept_units(prev: Tensor, block: tuple[int, ...], weight: Tensor, name: str) -> Tensor:
+    """Return which units ``prev`` keeps; refuse a mask that cuts through units."""
+    check_mask(name, prev, weight)
+    if is_entry(block):
+        return prev
+    kept = prev[tuple(slice(None, None, b) for b in block)]  # the first entry of each unit
+    if not torch.equal(spread(kept, block, weight.shape), prev):
+        raise ConfigError(
+            f"Expected prev[{name!r}] to prune whole units of {block}; got one that cuts through "
+            f"units. Start without prev when the pattern changes."
+        )
+    return kept
+
+
+def check_mask(name: str, mask: Tensor, weight: Tensor) -> None:
+    """Raise when a mask is not of dtype bool, or not of the weight's shape."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"Expected a bool mask for {name!r}; got {mask.dtype}. True = keep.")
+    if mask.shape != weight.shape:
+        raise ValueError(
+            f"Expected a mask of shape {tuple(weight.shape)} for {name!r}; got {tuple(mask.shape)}."
+        )

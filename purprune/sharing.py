@@ -1,0 +1,256 @@
+"""Sharing: tensors whose rules are equal and have a global group share one count.
+
+Units are ranked across tensors as if these were one; :mod:`purprune.counting` does it without
+putting them together. One tensor's scores are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from purprune.config import Rule
+from purprune.counting import Group, Outcome, Part, count_down, keep
+from purprune.errors import ConfigError, NaNError
+from purprune.patterns import GlobalGroup
+from purprune.ranking import count, refuse_nan, widest
+from purprune.scores import Magnitude, Random, ScoreContext, Taylor
+from purprune.scoring import (
+    kept_units,
+    norm_of,
+    ranks_absolute,
+    raw_scores,
+    readable,
+    sparsity_at,
+    unit_layout,
+)
+from purprune.units import _exponent as exponent_of
+from purprune.units import grid_shape, is_entry, spread, unit_scores
+
+_CHEAP = 64
+"""Scores are kept between passes where a unit has so many entries or more: a 32nd of the memory."""
+
+
+class Inputs(NamedTuple):
+    """What masks are computed from; params are read one at a time."""
+
+    params: Mapping[str, Tensor]
+    step: int
+    prev: Mapping[str, Tensor]
+    grads: Mapping[str, Tensor | None]
+
+    def weight(self, name: str) -> Tensor:
+        """Return a parameter's values."""
+        return readable(name, self.params[name])
+
+    def context(self, name: str) -> ScoreContext:
+        """Return what a parameter's score may know."""
+        return ScoreContext(name, self.step, self.grads.get(name))
+
+
+class Member(NamedTuple):
+    """A tensor of a group, without its values."""
+
+    like: Tensor
+    """A meta tensor."""
+    mps: bool
+    block: tuple[int, ...]
+    grid: tuple[int, ...]
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return math.prod(self.grid)
+
+
+class Shared(NamedTuple):
+    """Tensors that share one count, in the order of the params."""
+
+    rule: Rule
+    members: Mapping[str, Member]
+
+    @property
+    def units(self) -> int:
+        """How many units all tensors have."""
+        return sum(member.units for member in self.members.values())
+
+    def sparsity_at(self, step: int) -> Fraction:
+        """Return the sparsity in force, of units."""
+        return sparsity_at(next(iter(self.members)), self.rule, step)
+
+    @property
+    def of_entries(self) -> bool:
+        """Whether every unit is a single entry, which keeps its score as it is."""
+        return all(is_entry(member.block) for member in self.members.values())
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The float of units' scores: float64, where the device has it."""
+        return torch.float32 if any(m.mps for m in self.members.values()) else torch.float64
+
+
+def shared_groups(rules: Mapping[str, Rule], params: Mapping[str, Tensor]) -> list[Shared]:
+    """Return the groups that tensors share; no value is read.
+
+    Raises:
+        ConfigError: when a rule's pattern does not fit its tensor.
+    """
+    groups: list[tuple[Rule, dict[str, Member]]] = []
+    for name, rule in rules.items():
+        if isinstance(rule.pattern.group, GlobalGroup):
+            same = next((members for known, members in groups if known == rule), None)
+            if same is None:
+                groups.append((rule, same := {}))
+            same[name] = _member(name, rule, params[name])
+    return [Shared(rule, members) for rule, members in groups]
+
+
+def _member(name: str, rule: Rule, tensor: Tensor) -> Member:
+    block, _ = unit_layout(name, rule, tensor.shape)
+    like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return Member(like, tensor.device.type == "mps", block, grid_shape(block, tensor.shape))
+
+
+def shared_masks(groups: list[Shared], inputs: Inputs) -> dict[str, Iterator[Tensor]]:
+    """Count, and return by name from where to take each mask. Take them in the order of names.
+
+    Raises:
+        NaNError: a weight or score holds NaN; names the parameter and the count.
+    """
+    counted = [group_of(shared, inputs) for shared in groups]
+    try:
+        outcomes = count_down(counted)
+    except NaNError:
+        for shared in groups:
+            _refuse_nan(shared, inputs)
+        raise
+    found: dict[str, Iterator[Tensor]] = {}
+    for shared, group, outcome in zip(groups, counted, outcomes, strict=True):
+        found.update(dict.fromkeys(shared.members, _masks(shared, group, outcome)))
+    return found
+
+
+def _masks(shared: Shared, group: Group, outcome: Outcome) -> Iterator[Tensor]:
+    """Yield one mask after the other; the ties that are left are carried along."""
+    left = outcome.ties
+    for part, member in zip(group.parts, shared.members.values(), strict=True):
+        stay, gone = keep(group, part, outcome, left)
+        left -= gone
+        yield spread(stay, member.block, member.like.shape)
+
+
+def group_of(shared: Shared, inputs: Inputs, scale: int | None = None) -> Group:
+    """Return the group as it is counted.
+
+    Args:
+        shared: the tensors.
+        inputs: their values.
+        scale: the power of two by which squares are scaled; None: found in the values.
+    """
+    dtype = _dtype(shared, inputs)
+    parts = [
+        Part(scores, i, _kept(name, shared, inputs))
+        for i, (name, scores) in enumerate(_scorers(shared, inputs, dtype, scale).items())
+    ]
+    k = count(shared.units, shared.sparsity_at(inputs.step))
+    sizes = tuple(member.units for member in shared.members.values())
+    return Group(parts, k, sizes, dtype, ranks_absolute(shared.rule, shared.of_entries))
+
+
+def _kept(name: str, shared: Shared, inputs: Inputs) -> Tensor | None:
+    member = shared.members[name]
+    if name not in inputs.prev:
+        return None
+    return kept_units(inputs.prev[name], member.block, member.like, name)
+
+
+def _dtype(shared: Shared, inputs: Inputs) -> torch.dtype:
+    """Return in what the scores of all members are ranked."""
+    score = shared.rule.score
+    if not shared.of_entries or isinstance(score, Taylor):
+        return shared.wide
+    if isinstance(score, Magnitude):
+        return widest(member.like.dtype for member in shared.members.values())
+    is_float = _raw(shared, inputs, next(iter(shared.members))).is_floating_point()
+    return shared.wide if is_float else torch.int64
+
+
+def _scorers(
+    shared: Shared, inputs: Inputs, dtype: torch.dtype, scale: int | None
+) -> dict[str, Callable[[], Tensor]]:
+    """Return for each member how to make its unit scores, which compare with the others'."""
+    if shared.of_entries:
+        return {
+            name: functools.partial(_entry_scores, shared, inputs, name, dtype)
+            for name in shared.members
+        }
+    scale = _exponent(shared, inputs) if scale is None else scale
+    scorers: dict[str, Callable[[], Tensor]] = {}
+    for name, member in shared.members.items():
+        make = functools.partial(_unit_scores, shared, inputs, name, scale)
+        cheap = member.like.numel() >= _CHEAP * member.units
+        scorers[name] = functools.cache(make) if cheap else make
+    return scorers
+
+
+def _entry_scores(shared: Shared, inputs: Inputs, name: str, dtype: torch.dtype) -> Tensor:
+    scores = _raw(shared, inputs, name)
+    if scores.is_floating_point() != dtype.is_floating_point:
+        raise ConfigError(
+            f"Expected scores that are all floats or all integers in a global group; got "
+            f"{scores.dtype} for {name!r} and another kind for {next(iter(shared.members))!r}."
+        )
+    return scores
+
+
+def _raw(shared: Shared, inputs: Inputs, name: str) -> Tensor:
+    return raw_scores(inputs.weight(name), shared.rule, inputs.context(name))
+
+
+def _unit_scores(shared: Shared, inputs: Inputs, name: str, scale: int) -> Tensor:
+    """Return the unit scores of a member; squares on one scale, by powers of two, for all."""
+    raw, block, norm = _raw(shared, inputs, name), shared.members[name].block, norm_of(shared.rule)
+    if is_entry(block):
+        wide = raw.to(shared.wide)
+        return _scaled(wide, scale / 2).square() if norm == "l2" else wide
+    own = exponent_of(raw) if norm == "l2" and raw.dtype == shared.wide and raw.numel() else 0
+    return _scaled(unit_scores(raw, block, norm), scale - own)
+
+
+def _scaled(scores: Tensor, by: float) -> Tensor:
+    """Multiply by ``4**by`` in two factors, each of which is a float; an inf stays one."""
+    factors = [2.0 ** min(max(n, -1000), 1000) for n in (math.floor(by), math.ceil(by))]
+    return scores * factors[0] * factors[1] if by else scores
+
+
+def _exponent(shared: Shared, inputs: Inputs) -> int:
+    """Return the power of two by which squares are scaled, so that no sum leaves float64.
+
+    Float32 squares do not leave it, so that nothing is read for them.
+    """
+    score = shared.rule.score
+    narrow = isinstance(score, Magnitude) and shared.wide not in {
+        member.like.dtype for member in shared.members.values()
+    }
+    if norm_of(shared.rule) != "l2" or narrow or isinstance(score, Random):
+        return 0
+    largest = [_largest(_raw(shared, inputs, name)) for name in shared.members]
+    return exponent_of(torch.tensor(largest, dtype=torch.float64))
+
+
+def _largest(scores: Tensor) -> float:
+    finite = torch.where(scores.isfinite(), scores, 0).abs()
+    return float(finite.amax()) if scores.numel() else 0.0
+
+
+def _refuse_nan(shared: Shared, inputs: Inputs) -> None:
+    """Raise for the first member with NaN."""
+    for name in shared.members:
+        refuse_nan(inputs.weight(name), f"the weight {name!r}")
+        refuse_nan(_raw(shared, inputs, name), f"the score of {name!r}")

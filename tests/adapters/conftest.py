@@ -1,0 +1,5 @@
+"""What tests of adapters share."""
+
+from ranks import failures
+
+__all__ = ["failures"]

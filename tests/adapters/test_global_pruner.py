@@ -1,0 +1,92 @@
+"""The Pruner with one count for many tensors: the fold, resume, the report, tied weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from purprune import PolynomialDecay, Rule, Unstructured, apply_masks, compute_masks
+from purprune_adapters import Pruner, resolve
+
+RULE = Rule(0.7, PolynomialDecay([1, 3]), pattern=Unstructured(scope="global"))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def drift(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: w + 0.01 * torch.cos(w * 50) for name, w in params.items()}
+
+
+@torch.no_grad()
+def train(model: nn.Module, pruner: Pruner, steps: int) -> None:
+    for _ in range(steps):
+        params = dict(model.named_parameters())
+        for name, new in drift(params).items():
+            params[name].copy_(new)
+        pruner.step()
+
+
+def test_law_9_the_pruner_is_the_fold_of_the_pure_functions():
+    """Defends the adapter: global masks follow the schedule with prev as the core says."""
+    model = network()
+    config = resolve(model, RULE)
+    params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    masks = compute_masks(params, 0, config)
+    params = apply_masks(params, masks)
+    for step in range(1, 5):
+        params = drift(params)
+        masks = compute_masks(params, step, config, prev=masks)
+        params = apply_masks(params, masks)
+    pruner = Pruner(model, RULE)
+    pruner.prepare(inplace=True)
+    train(model, pruner, 4)
+    for name, param in model.named_parameters():
+        assert torch.equal(param, params[name]), name
+    assert sum(int((~mask).sum()) for mask in pruner.masks.values()) == 31  # floor(45 * 0.7)
+
+
+def test_law_10_a_resumed_run_ends_with_the_same_bits_and_damage_is_refused():
+    """Defends the check of a state's counts, which are exact for the group alone."""
+    model = network()
+    pruner = Pruner(model, RULE)
+    pruner.prepare(inplace=True)
+    train(model, pruner, 2)
+    state, again = copy.deepcopy(pruner.state_dict()), copy.deepcopy(model.state_dict())
+    train(model, pruner, 2)
+    other = network()
+    other.load_state_dict(again)
+    resumed = Pruner(other, RULE)
+    resumed.load_state_dict(state)
+    resumed.prepare(inplace=True)
+    train(other, resumed, 2)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    state["masks"]["0.weight"].logical_not_()
+    with pytest.raises(ValueError, match=r"units pruned in '0\.weight' and '2\.weight' at step 2"):
+        Pruner(network(), RULE).load_state_dict(state)
+
+
+def test_the_report_says_that_the_target_is_of_all_tensors_together():
+    """Defends against a tensor that seems to miss its target."""
+    model = network()
+    pruner = Pruner(model, Rule(0.7, pattern=Unstructured(scope="global")))
+    pruner.prepare(inplace=True)
+    report = pruner.report()
+    assert "0.7 of all" in str(report)
+    assert report.total.zeros == 31
+    assert report.as_dict()["parameters"]["0.weight"]["shared"]
+    assert pruner.plan().shared[0].pruned == 31
+
+
+def test_tied_weights_count_once():
+    """Defends the total against a parameter with two names."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    pruner = Pruner(model, Rule(0.5, pattern=Unstructured(scope="global")))
+    assert (pruner.plan().shared[0].units, pruner.plan().shared[0].pruned) == (16, 8)
