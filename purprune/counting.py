@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +62,7 @@ def alone(counts: Tensor) -> Tensor:
 
 
 def count_down(
-    groups: Sequence[Group], *, reduce: Reduce = alone, bits: int = 18, sample: int = 1 << 17
+    groups: Sequence[Group], *, reduce: Reduce = alone, bits: int = 19, sample: int = 1 << 16
 ) -> list[Outcome]:
     """Return which units of each group go: its first k.
 
@@ -94,7 +95,8 @@ def count_down(
 
 def summed(counts: Sequence[Tensor], reduce: Reduce) -> list[Tensor]:
     """Sum the counts of all groups over all processes, at once."""
-    total = reduce(torch.cat(list(counts))).cpu()
+    together = np.concatenate([found.numpy() for found in counts])
+    total = reduce(torch.from_numpy(together)).cpu()
     return list(torch.split(total, [len(found) for found in counts]))
 
 
@@ -124,15 +126,15 @@ def _narrowed(search: _Search, below: int, counts: Tensor) -> _Search | Outcome:
         known = search.known[0], start - 1
         at_the_end = search.rank == below
         return Outcome(search.kept, start) if at_the_end else _search_on(search, known)
-    behind = below + torch.cumsum(counts, 0)
-    at = int(torch.searchsorted(behind, search.rank))
+    behind = below + np.cumsum(counts.numpy())
+    at = int(np.searchsorted(behind, search.rank))
     if at == len(counts):
         return _search_on(search, (buckets.stop, search.known[1]))
     start += at << shift
     if int(behind[at]) == search.rank:
         return Outcome(search.kept, min(start + (1 << shift), search.known[1] + 1))
     if shift == 0:
-        return Outcome(search.kept, start, search.rank - int(behind[at] - counts[at]))
+        return Outcome(search.kept, start, search.rank - int(behind[at]) + int(counts[at]))
     return _search_on(search, (start, start + (1 << shift) - 1))
 
 
@@ -157,13 +159,16 @@ def _look_ahead(
 ) -> list[_Search]:
     """Return searches whose windows hold the rank, as a sample says, but for bad luck (4 sigma)."""
     large = [i for i, s in enumerate(searches) if s.among > sample]
-    samples = [_sampled(groups[i], searches[i].kept, sample) for i in large]
-    own = torch.tensor([len(found) for found in samples], dtype=torch.int64)
+    samples = [
+        [sampled(groups[i], part, searches[i].kept, sample) for part in groups[i].parts]
+        for i in large
+    ]
+    own = torch.tensor([sum(map(len, found)) for found in samples], dtype=torch.int64)
     sizes = reduce(own).tolist() if large else []
     ends: list[Group] = []
     for i, found, size in zip(large, samples, sizes, strict=True):
         for k in _ranks_around(searches[i].rank / searches[i].among, size):
-            parts = [Part(lambda found=found: found, 0)]  # type: ignore[misc]
+            parts = [Part(lambda scores=scores: scores, 0) for scores in found]  # type: ignore[misc]
             ends.append(groups[i]._replace(parts=parts, sizes=(size,), k=k))
     narrowed = list(searches)
     outcomes = count_down(ends, reduce=reduce, bits=bits, sample=0)
@@ -180,8 +185,3 @@ def _ranks_around(share: float, size: int) -> tuple[int, int]:
     margin = 4 * math.sqrt(size * share * (1 - share)) + 4
     low, high = math.floor(share * size - margin), math.ceil(share * size + margin)
     return max(low, 0), min(high, size)
-
-
-def _sampled(group: Group, kept: bool, sample: int) -> Tensor:
-    found = [sampled(group, part, kept, sample) for part in group.parts]
-    return torch.cat(found) if found else torch.empty(0, dtype=group.dtype)
