@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purprune.errors import NaNError
+from purprune.keys import KeyMaker, NotANumberError
 from purprune.patterns import Layout
-from purprune.selecting import KeyMaker, NotANumberError, Span
+from purprune.selecting import Span
 from purprune.selecting import keep_all_but_lowest as keep_all_but_lowest_
 from purprune.values import exact
 

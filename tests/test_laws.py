@@ -84,9 +84,10 @@ def test_laws_1_2_and_3_hold_for_every_unit_and_group(data: st.DataObject):
 def test_law_2_every_backend_gives_the_same_masks(data: st.DataObject):
     """Defends the one order: pairs, partition and the sort of other devices agree with argsort."""
     from purprune import selecting
+    from purprune.keys import KeyMaker
     from purprune.patterns import Layout
     from purprune.ranking import _by_selecting, _by_sort
-    from purprune.selecting import KeyMaker, Span
+    from purprune.selecting import Span
 
     rows = data.draw(st.integers(1, 4))
     n = data.draw(st.integers(1, 20))

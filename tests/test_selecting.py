@@ -21,14 +21,16 @@ from purprune import (
     Pattern,
     PruneConfig,
     Rule,
+    bracketing,
     compute_masks,
     selecting,
     threads,
     units,
 )
+from purprune.keys import KeyMaker
 from purprune.patterns import Layout
 from purprune.ranking import _by_selecting, _by_sort
-from purprune.selecting import KeyMaker, Span
+from purprune.selecting import Span
 from purprune.units import _reduced, unit_scores
 
 
@@ -36,8 +38,9 @@ from purprune.units import _reduced, unit_scores
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make chunks, samples and brackets so small that small tensors have many."""
     monkeypatch.setattr(selecting, "_CHUNK", 16)
+    monkeypatch.setattr(bracketing, "_CHUNK", 16)
     monkeypatch.setattr(selecting, "_BRACKET_FROM", 32)
-    monkeypatch.setattr(selecting, "_SAMPLE", 3)
+    monkeypatch.setattr(bracketing, "_SAMPLE", 3)
     monkeypatch.setattr(units, "_CHUNK", 16)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -93,7 +96,7 @@ def test_the_bracket_really_is_used(monkeypatch: pytest.MonkeyPatch):
     """Defends the test above: with the partition switched off, brackets alone give the mask."""
     w = torch.randn(4000, generator=torch.Generator().manual_seed(0)).view(80, 50)
     expected = compute_masks({"w": w}, 0, Rule(0.8))["w"]
-    monkeypatch.setattr(selecting, "_SAMPLE", 8)
+    monkeypatch.setattr(bracketing, "_SAMPLE", 8)
     monkeypatch.setattr(selecting, "_select_rows", None)
     assert torch.equal(compute_masks({"w": w}, 0, Rule(0.8))["w"], expected)
 
@@ -102,7 +105,7 @@ def test_the_bracket_really_is_used(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("with_prev", [None, 0.2, 0.95])
 def test_a_sample_that_misleads_costs_time_and_no_bit(monkeypatch, s, with_prev):
     """Defends the passes after a miss, also where fewer may go than went before."""
-    monkeypatch.setattr(selecting, "_GOLDEN", 0.0)  # the first unit, again and again
+    monkeypatch.setattr(bracketing, "_GOLDEN", 0.0)  # the first unit, again and again
     w = torch.randn(999, generator=torch.Generator().manual_seed(0))
     gone = None if with_prev is None else np.random.default_rng(0).random(999) < with_prev
     prev = None if gone is None else torch.from_numpy(~gone)
@@ -116,12 +119,12 @@ def test_a_sample_that_misleads_costs_time_and_no_bit(monkeypatch, s, with_prev)
 def test_few_units_are_collected_where_half_of_them_are_tied(monkeypatch, edge):
     """Defends the memory: ties at the edge of the bracket are counted and not collected."""
     n = 40_000
-    monkeypatch.setattr(selecting, "_CHUNK", 1 << 12)
-    monkeypatch.setattr(selecting, "_SAMPLE", 8)
+    monkeypatch.setattr(bracketing, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(bracketing, "_SAMPLE", 8)
     collected = []
-    kth = selecting._kth
+    kth = bracketing._kth
     monkeypatch.setattr(
-        selecting, "_kth", lambda keys, *rest: (collected.append(keys.size), kth(keys, *rest))[1]
+        bracketing, "_kth", lambda keys, *rest: (collected.append(keys.size), kth(keys, *rest))[1]
     )
     w = torch.randn(n, generator=torch.Generator().manual_seed(0))
     w[::2] = 0.0

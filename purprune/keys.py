@@ -1,0 +1,52 @@
+"""Keys: scores read as integers that order alike, and NaN found on the way."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Keys = NDArray[np.signedinteger[Any]]
+Bools = NDArray[np.bool_]
+
+
+class NotANumberError(Exception):
+    """A score is NaN."""
+
+
+class KeyMaker(NamedTuple):
+    """Turns bits of scores into keys that order alike, and finds NaN on the way."""
+
+    absolute: bool
+    infinity: int | None
+    """The bits of infinity; None where the scores are integers."""
+
+    def __call__(self, bits: Keys, out: Keys) -> Keys:
+        """Write the keys of ``bits`` to ``out``; the extremes of its type never occur."""
+        if self.infinity is None:
+            np.copyto(out, bits)
+            return np.absolute(out, out=out) if self.absolute else out
+        info = np.iinfo(out.dtype)
+        np.bitwise_and(bits, out.dtype.type(info.max), out=out)
+        if out.size and out.max() > self.infinity:
+            raise NotANumberError
+        if not self.absolute:  # put the sign back, as a two's complement one
+            sign = bits >> (info.bits - 1)
+            np.bitwise_xor(out, sign, out=out)
+            np.subtract(out, sign, out=out)
+        return out
+
+    @property
+    def has_sign_free(self) -> bool:
+        """Whether no key is negative, so that the sign can tell what was pruned before."""
+        return self.absolute and self.infinity is not None
+
+    def put_first(self, keys: Keys, kept: Bools) -> Keys:
+        """Put what was not kept below all else; by the sign it stays in order among itself."""
+        info, pruned = np.iinfo(keys.dtype), ~kept
+        if self.has_sign_free:
+            sign = np.left_shift(pruned.view(np.int8), info.bits - 1, dtype=keys.dtype)
+            return np.bitwise_or(keys, sign, out=keys)
+        np.copyto(keys, info.min, where=pruned)
+        return keys
