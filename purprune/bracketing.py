@@ -34,8 +34,6 @@ _GOLDEN = 0.6180339887498949
 def keep_all_but_lowest_of_one_group(
     bits: Keys, keep: Bools, prev: Bools | None, k: int, make: KeyMaker
 ) -> None:
-    bits: Keys, keep: Bools, prev: Bools | None, k: int, make: KeyMaker
-) -> None:
     """Write to ``keep`` which units of one large group stay: all but the first k.
 
     Raises:

@@ -24,6 +24,7 @@ Array = Any  # numpy's on the CPU, where it is faster, else torch's
 _CHUNK = 1 << 18
 """Keys that are made at a time on the CPU, so that scratch stays in the cache."""
 _DEVICE_CHUNK = 1 << 23
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GOLDEN = 0.6180339887498949
 """Multiples of it modulo 1 fall evenly: a sample without a stride that data could follow."""
 
@@ -233,15 +234,22 @@ def _taken(keys: Array, inside: Array, buckets: Buckets) -> Array:
 
 def sampled(group: Group, part: Part, kept: bool, sample: int) -> Tensor:
     """Return some of the part's scores on the CPU: about ``sample`` when all parts do."""
-    scores = part.scores().reshape(-1)
+    scores = part.scores().detach().reshape(-1)
     size = math.ceil(scores.numel() * sample / sum(group.sizes))
-    at = torch.arange(size, dtype=torch.float64) * _GOLDEN % 1.0 * scores.numel()
-    at = at.to(torch.int64).to(scores.device)
+    at = (np.arange(size) * _GOLDEN % 1.0 * scores.numel()).astype(np.int64)
     if part.prev is not None:
-        at = at[part.prev.reshape(-1)[at] == kept]
+        at = at[_picked(part.prev.reshape(-1), at).numpy() == kept]
     elif not kept:
         at = at[:0]
-    return scores[at].to("cpu", group.dtype)
+    return _picked(scores, at).to(group.dtype)
+
+
+def _picked(flat: Tensor, at: Array) -> Tensor:
+    """Return some elements on the CPU, as words: threads of torch cost more than they save."""
+    if not _on_cpu(flat):
+        return flat[torch.from_numpy(at).to(flat.device)].cpu()
+    words = flat.view(_WORDS[flat.itemsize]).numpy()[at]
+    return torch.from_numpy(words).view(flat.dtype)
 
 
 def keep(group: Group, part: Part, outcome: Outcome, ties: int) -> tuple[Tensor, int]:
