@@ -37,7 +37,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/training.py --compile
 
 docs: $(READY)  ## run every code block of the documentation
 	$(PYTEST) README.md docs purprune adapters/purprune_adapters

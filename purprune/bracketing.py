@@ -114,7 +114,7 @@ class _Contest(NamedTuple):
         if self.among is not None:
             at = at[self.among[at]]
         keys = self.make(self.bits[at], np.empty(at.shape, self.bits.dtype))
-        keys.sort()
+        keys.sort(kind="stable" if keys.itemsize == 2 else None)  # which counts 16-bit keys
         return keys
 
     def keys(self, start: int, scratch: Keys) -> Keys:

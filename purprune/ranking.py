@@ -107,19 +107,14 @@ def _by_selecting(
     """Select on the CPU, in the memory of the tensors."""
     bits = bits if layout.lead else bits.contiguous()
     # numpy asks for huge pages; the page faults of a fresh mask would cost as much as its making.
-    keep = torch.from_numpy(np.empty(bits.shape, dtype=np.bool_))
+    keep = np.empty(bits.shape, dtype=np.bool_)
+    before = None if prev is None else prev.numpy().transpose(layout.order)
+    scores, into = bits.numpy().transpose(layout.order), keep.transpose(layout.order)
     try:
-        keep_all_but_lowest_(
-            bits.permute(layout.order).numpy(),
-            keep.permute(layout.order).numpy(),
-            None if prev is None else prev.permute(layout.order).numpy(),
-            layout.lead,
-            spans,
-            make,
-        )
+        keep_all_but_lowest_(scores, into, before, layout.lead, spans, make)
     except NotANumberError:
         raise NaNError("Expected numbers; got NaN.") from None
-    return keep
+    return torch.from_numpy(keep)
 
 
 def _by_sort(

@@ -19,8 +19,8 @@ def in_threads(work: Callable[[Sequence[int]], T], starts: range) -> list[T]:
     Chunks share no result, so the number of threads changes no bit. Each call may keep scratch
     over its run.
     """
-    workers = min(torch.get_num_threads(), len(starts))
-    if workers <= 1:
+    workers = min(torch.get_num_threads(), len(starts)) if len(starts) > 1 else 1
+    if workers == 1:
         return [work(starts)]
     share = -(-len(starts) // workers)
     first, *others = (starts[i : i + share] for i in range(0, len(starts), share))

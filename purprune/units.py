@@ -134,6 +134,8 @@ def _fold(terms: Array, dim: int, size: int) -> Array:
 
 def spread(keep: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Return the unit grid's decisions at every entry; a view where units span whole dims."""
+    if is_entry(block):
+        return keep
     grid = grid_shape(block, shape)
     if all(b == 1 or g <= 1 for b, g in zip(block, grid, strict=True)):
         return keep.expand(tuple(shape))
