@@ -263,6 +263,8 @@ def peak_megabytes(case: str, entries: int, dtype: str, name: str) -> float:
 
 def memory_of(case: str, entries: int, dtype: str, name: str) -> float:
     """Return by how many MB one call raises this process's peak."""
+    torch.optim.SGD([torch.zeros(1)])  # loads what torch loads with every optimizer
+
     work = PEERS[name][0](case, weight_of(entries, dtype))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident
     before = _status_kb("VmRSS")

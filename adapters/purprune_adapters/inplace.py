@@ -50,6 +50,10 @@ def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def _multiply_(bits: Tensor, factors: Tensor) -> None:
     """Multiply chunk by chunk: torch's product of two types widens one of them whole."""
+    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in factors.stride())
+    if factors[once].numel() <= _CHUNK:  # few decisions, each for many entries
+        bits.mul_(factors[once].to(bits.dtype))
+        return
     if bits.is_contiguous() and factors.is_contiguous():
         bits, factors = bits.view(-1), factors.view(-1)
     wide = torch.empty(0, dtype=bits.dtype)
