@@ -6,6 +6,7 @@ is dense. Nothing here changes an argument or reads a global state.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,18 +32,21 @@ def compute_masks(
     cfg: PruneConfig | Rule | Mapping[str, Any],
     *,
     prev: Mapping[str, Tensor] | None = None,
+    floor: Mapping[str, Tensor] | None = None,
     grads: Mapping[str, Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """Return the masks in force at ``step``, one for every parameter that a rule is for.
 
-    In every group exactly ``floor(units * sparsity(step))`` units are pruned: the first by
-    (score, flat index).
+    In every group exactly ``k = floor(units * sparsity(step))`` units are pruned: the first by
+    (score, flat index). With ``floor`` they are the larger of k and what ``floor`` prunes there.
 
     Args:
         params: flat mapping of dotted names to tensors, as ``dict(model.named_parameters())``.
         step: the optimizer step, from 0.
         cfg: a :class:`PruneConfig`, a :class:`Rule` for everything, or a dict.
         prev: masks so far. What they prune stays pruned while the sparsity does not fall.
+        floor: masks that hold at every step, such as those of a model that was pruned before.
+            What they prune is pruned, whatever the sparsity: first they, then ``prev``.
         grads: gradients by name, for scores that need them.
 
     Returns:
@@ -52,7 +56,7 @@ def compute_masks(
     Raises:
         NaNError: a weight or score holds NaN; names the parameter and the count.
         SelectionError: a selector matches nothing, or a parameter can't be pruned.
-        ConfigError: a pattern does not fit a parameter, or ``prev`` does not.
+        ConfigError: a pattern does not fit a parameter, or ``prev`` or ``floor`` does not.
 
     >>> params = {"fc.weight": torch.tensor([[0.3, -0.2, -0.01, 0.05]])}
     >>> compute_masks(params, 0, Rule(target_sparsity=0.75))
@@ -61,17 +65,19 @@ def compute_masks(
     check_params(params)
     step = check_step(step)
     rules = select(as_config(cfg), params).rules
-    for what, given in (("prev", prev), ("grads", grads)):
+    for what, given in (("prev", prev), ("floor", floor), ("grads", grads)):
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f"Expected {what} as a dict by name; got {type(given).__name__}.")
-    before, gradients = dict(prev or {}), dict(grads or {})
+    before, lowest, gradients = dict(prev or {}), dict(floor or {}), dict(grads or {})
     _refuse_strangers(before, params)
+    _refuse_strangers(lowest, params)
     return {
         name: _mask(
             params[name].detach(),
             rule,
             ScoreContext(name, step, gradients.get(name)),
             before.get(name),
+            lowest.get(name),
         )
         for name, rule in rules.items()
     }
@@ -88,24 +94,57 @@ def check_step(step: int) -> int:
     return whole
 
 
-def _mask(weight: Tensor, rule: Rule, context: ScoreContext, prev: Tensor | None) -> Tensor:
+def _mask(
+    weight: Tensor, rule: Rule, context: ScoreContext, prev: Tensor | None, floor: Tensor | None
+) -> Tensor:
     name = context.name
-    _refuse_unreadable(name, weight)
+    refuse_unreadable(name, weight)
     if weight.is_neg():
         weight = weight.resolve_neg()
     block, layout = unit_layout(name, rule, weight.shape)
-    before = None if prev is None else _kept_units(prev, block, weight, name)
+    before = None if prev is None else kept_units("prev", prev, block, weight, name)
+    lowest = None if floor is None else kept_units("floor", floor, block, weight, name)
     sparsity = sparsity_at(name, rule, context.step)
     if sparsity == 0:  # no score is needed, nor a gradient
         refuse_nan(weight, f"the weight {name!r}")
+        if floor is not None:
+            return floor.clone()
         return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     try:
-        keep = keep_all_but_lowest(*_ranked(weight, rule, context, block), layout, sparsity, before)
+        ranked = _ranked(weight, rule, context, block)
+        keep = _keep_within(lowest, *ranked, layout, sparsity, before)
     except NaNError:
         refuse_nan(weight, f"the weight {name!r}")
         refuse_nan(_scores(weight, rule, context), f"the score of {name!r}")
         raise NaNError(f"Expected unit scores that are numbers for {name!r}; got NaN.") from None
     return spread(keep, block, weight.shape)
+
+
+def _keep_within(
+    floor: Tensor | None,
+    scores: Tensor,
+    absolute: bool,
+    layout: Layout,
+    sparsity: Fraction,
+    prev: Tensor | None,
+) -> Tensor:
+    """Return which units to keep: of those to prune the first are ``floor``'s, then ``prev``'s."""
+    if floor is None:
+        return keep_all_but_lowest(scores, absolute, layout, sparsity, prev)
+    before = floor if prev is None else prev & floor
+    keep = keep_all_but_lowest(scores, absolute, layout, sparsity, before)
+    if bool((keep & ~before).any()):  # fewer go than before: which of them come back?
+        last = _with_highest(scores, before)
+        first = keep_all_but_lowest(last, absolute, layout, sparsity, floor)
+        keep = keep_all_but_lowest(scores, absolute, layout, sparsity, before | first)
+    return keep & floor
+
+
+def _with_highest(scores: Tensor, where: Tensor) -> Tensor:
+    """Return the scores with the highest that there is in some places."""
+    scores = scores.float() if scores.itemsize == 1 else scores  # float8 may have no infinity
+    highest = math.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).max - 1
+    return scores.masked_fill(where, highest)
 
 
 def _ranked(
@@ -145,7 +184,8 @@ def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ..
         raise ConfigError(f"{name!r}: {error}") from None
 
 
-def _refuse_unreadable(name: str, weight: Tensor) -> None:
+def refuse_unreadable(name: str, weight: Tensor) -> None:
+    """Raise when a tensor has no values to look at; names the parameter."""
     if weight.is_meta:
         raise ConfigError(
             f"Expected a tensor with data for {name!r}; got a meta tensor. purprune.plan works "
@@ -188,16 +228,18 @@ def _scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
     return scores
 
 
-def _kept_units(prev: Tensor, block: tuple[int, ...], weight: Tensor, name: str) -> Tensor:
-    """Return which units ``prev`` keeps; refuse a mask that cuts through units."""
-    check_mask(name, prev, weight)
+def kept_units(
+    what: str, mask: Tensor, block: tuple[int, ...], weight: Tensor, name: str
+) -> Tensor:
+    """Return which units a mask keeps; refuse one that cuts through units."""
+    check_mask(name, mask, weight)
     if is_entry(block):
-        return prev
-    kept = prev[tuple(slice(None, None, b) for b in block)]  # the first entry of each unit
-    if not torch.equal(spread(kept, block, weight.shape), prev):
+        return mask
+    kept = mask[tuple(slice(None, None, b) for b in block)]  # the first entry of each unit
+    if not torch.equal(spread(kept, block, weight.shape), mask):
         raise ConfigError(
-            f"Expected prev[{name!r}] to prune whole units of {block}; got one that cuts through "
-            f"units. Start without prev when the pattern changes."
+            f"Expected {what}[{name!r}] to prune whole units of {block}; got one that cuts through "
+            f"units. Start without {what} when the pattern changes."
         )
     return kept
 

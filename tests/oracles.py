@@ -54,7 +54,11 @@ def _unit_score(scores: list[float], norm: str) -> Any:
 
 
 def prune_oracle(
-    scores: Tensor, pattern: Pattern, sparsity: Fraction, prev: Tensor | None = None
+    scores: Tensor,
+    pattern: Pattern,
+    sparsity: Fraction,
+    prev: Tensor | None = None,
+    floor: Tensor | None = None,
 ) -> Tensor:
     """Return the mask (True = keep) by stable argsort in each group, all sums exact."""
     shape = tuple(scores.shape)
@@ -80,6 +84,10 @@ def prune_oracle(
         if prev is not None:
             gone = [not any(bool(prev[i]) for i in members[u]) for u in units]
             order.sort(key=lambda i: not gone[i])
+        if floor is not None:
+            gone = [not any(bool(floor[i]) for i in members[u]) for u in units]
+            order.sort(key=lambda i: not gone[i])
+            k = max(k, sum(gone))
         for i in order[:k]:
             for index in members[units[i]]:
                 mask[index] = False
