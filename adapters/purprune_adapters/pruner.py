@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import purprune
-from purprune import Count, Plan, PruneConfig, Rule
+from purprune import Count, Plan, PruneConfig, Rule, infer_masks
 from purprune.config import as_config
+from purprune.given import refuse_unfit_floor
 from purprune.ranking import refuse_nan
-from purprune_adapters.checkpoint import pack_state, unpack_state
+from purprune_adapters.checkpoint import Held, pack_state, unpack_state
 from purprune_adapters.checks import refuse_another_model, refuse_unfit_parameters
 from purprune_adapters.hooks import MaskStore, add_forward_hooks, remove_forward_hooks
 from purprune_adapters.inplace import zero_pruned_
@@ -33,6 +34,8 @@ class Pruner:
 
     n calls of :meth:`step` leave the weights and masks of the pure fold: for each step t,
     ``masks = compute_masks(params, t, cfg, prev=masks); params = apply_masks(params, masks)``.
+    With ``masks`` given, each step of the fold is ``compute_masks(..., prev=masks, floor=given)``,
+    from step 0 on: what they prune stays pruned, also where the schedule asks for less.
 
     Args:
         model: the model to prune.
@@ -41,10 +44,15 @@ class Pruner:
         optimizer: when given, weights are masked right after each ``optimizer.step()`` too, so
             that nothing sees an entry that momentum moved. It needs ``prepare(inplace=True)``.
         mask_gradients: False leaves the gradients of pruned entries as they are.
+        masks: masks by parameter name that hold at every step, for a model that was pruned
+            before. In every group the larger of the schedule's count and theirs is pruned.
+        keep_zeros: True takes as ``masks`` the zeros that the pruned parameters have at
+            :meth:`prepare`.
 
     Raises:
-        SelectionError: a selector matches nothing, or a parameter can't be pruned.
-        ConfigError: a pattern does not fit its parameter.
+        SelectionError: a selector matches nothing, a parameter can't be pruned, or a mask is
+            given for a parameter without a rule.
+        ConfigError: a pattern does not fit its parameter, or its mask.
 
     >>> from purprune import PolynomialDecay, Rule
     >>> model = nn.Linear(8, 4)
@@ -68,6 +76,8 @@ class Pruner:
         *,
         optimizer: torch.optim.Optimizer | None = None,
         mask_gradients: bool = True,
+        masks: Mapping[str, Tensor] | None = None,
+        keep_zeros: bool = False,
     ) -> None:
         """Resolve the config on the model; nothing is changed yet."""
         self._config = as_config(config)
@@ -82,8 +92,10 @@ class Pruner:
         self._trained = False
         self._store = MaskStore(uuid.uuid4().hex, mask_gradients)
         self._handles: list[Any] = []
-        self._loaded: tuple[int, dict[str, Tensor]] | None = None
+        self._loaded: Held | None = None
         self.plan(step=0)  # a pattern that does not fit is found before training
+        self._keep_zeros = keep_zeros
+        self._floor = self._checked(masks)
 
     @property
     def model(self) -> nn.Module:
@@ -117,7 +129,7 @@ class Pruner:
         return MappingProxyType(self._store.masks)
 
     def plan(self, step: int | None = None) -> Plan:
-        """Return what would be pruned at a step (None: at the end), in integers."""
+        """Return what the config prunes at a step (None: at the end), in integers."""
         planned = purprune.plan(self._params(), self.resolved_config, step)
         return Plan(planned.step, planned.tensors, self._skipped)
 
@@ -149,19 +161,15 @@ class Pruner:
                 "Expected prepare(inplace=True) with optimizer=..., which holds the parameters of "
                 "this model; a deepcopy would train without it."
             )
-        step, masks = self._loaded or (0, None)
-        if masks is None:
-            masks = self._compute(0, self._rules, {})
+        held = self._loaded or self._start()
         if not inplace:
             self._model = copy.deepcopy(self._model)
             self._owners = _owners(self._model, self._rules)
-        self._step, self._loaded = step, None
-        self._store.masks.update(masks)
-        self._apply()
+        self._take(held)
         add_forward_hooks(self._model, self._store, self._rules)
         if self._optimizer is not None:
             self._handles.append(self._optimizer.register_step_post_hook(self._after_optimizer))
-        self._phase = "prepared"
+        self._phase, self._loaded = "prepared", None
         return self._model
 
     def step(self) -> None:
@@ -175,11 +183,11 @@ class Pruner:
         """
         self._require_prepared("step")
         step = self._step + 1
-        self._trained = self._trained or self._optimizer is not None or self._has_changed()
+        trained = self._trained or self._optimizer is not None or self._has_changed()
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:
-            self._store.masks.update(self._compute(step, due, self._store.masks))
-        self._step = step
+            self._store.masks.update(self._compute(step, due, self._store.masks, self._floor))
+        self._step, self._trained = step, trained
         # An attached optimizer left everything masked; what nobody wrote to since is not read.
         self._apply(only_changed=not due and self._optimizer is not None)
 
@@ -231,29 +239,41 @@ class Pruner:
         skipped = MappingProxyType(dict(self._skipped))
         return Report(self._phase, self._step, entries, tuple(rows), skipped)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return step, masks and config as tensors and plain values, for ``torch.save``."""
-        self._require_prepared("state_dict")
-        return pack_state(self._step, self._store.masks, self._config)
+    def state_dict(self, *, packed: bool = False) -> dict[str, Any]:
+        """Return step, masks and config as tensors and plain values, for ``torch.save``.
+
+        Before :meth:`prepare` it has the same keys and shapes, so that a checkpoint which loads
+        in place (``torch.distributed.checkpoint``) finds tensors to fill.
+
+        Args:
+            packed: True stores masks at one bit per entry instead of a byte;
+                :meth:`load_state_dict` takes either.
+        """
+        if self._phase == "finalized":
+            self._require_prepared("state_dict")
+        prepared = self._phase == "prepared" or self._loaded is not None
+        return pack_state(self._held(), self._config, prepared=prepared, packed=packed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take step and masks from :meth:`state_dict`.
 
         Before :meth:`prepare` (best: no mask of step 0 touches the loaded weights) or after it.
+        Masks that were given to the pruner that was saved replace those given to this one.
 
         Raises:
             ValueError: the state belongs to another config or to other shapes, or is damaged;
                 says what differs, and nothing is changed.
         """
-        step, masks = unpack_state(state, self._config, self._params(), self._rules)
-        self._trained = True
+        if self._phase == "finalized":
+            self._require_prepared("load_state_dict")
+        held = unpack_state(state, self._config, self._params(), self._rules)
         if self._phase == "new":
-            self._loaded = (step, masks)
-            return
-        self._require_prepared("load_state_dict")
-        self._step = step
-        self._store.masks.update(masks)
-        self._apply()
+            self._loaded = held
+        elif held is None:
+            raise ValueError("Expected the state of a prepared pruner; got one of a new pruner.")
+        else:
+            self._take(held)
+        self._trained = self._trained or held is not None
 
     def __repr__(self) -> str:
         """Return a short description."""
@@ -263,8 +283,45 @@ class Pruner:
         """Look the parameters up in their modules: ``load_state_dict(assign=True)`` renews them."""
         return {name: getattr(owner, leaf) for name, (owner, leaf) in self._owners.items()}
 
+    def _checked(self, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return copies of the masks that were given, after a check that they fit."""
+        if masks is not None and self._keep_zeros:
+            raise ValueError("Expected masks or keep_zeros=True; got both. Give the masks alone.")
+        if masks is not None and not isinstance(masks, Mapping):
+            raise TypeError(f"Expected masks as a dict by name; got {type(masks).__name__}.")
+        params, given = self._params(), dict(masks or {})
+        refuse_unfit_floor(given, params, self._rules)
+        return {name: mask.to(params[name].device, copy=True) for name, mask in given.items()}
+
+    def _start(self) -> Held:
+        """Return what holds at step 0."""
+        floor = self._floor
+        if self._keep_zeros:
+            floor = infer_masks(self._params(), names=self._rules)
+            refuse_unfit_floor(floor, self._params(), self._rules)
+        return Held(0, self._compute(0, self._rules, {}, floor), floor)
+
+    def _held(self) -> Held:
+        """Return what holds now; masks of a new pruner keep everything."""
+        if self._phase == "prepared":
+            return Held(self._step, self._store.masks, self._floor)
+        if self._loaded is not None:
+            return self._loaded
+        params = self._params().items()
+        masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params}
+        return Held(0, masks, masks if self._keep_zeros else self._floor)
+
+    def _take(self, held: Held) -> None:
+        self._step, self._floor = held.step, dict(held.floor)
+        self._store.masks.update(held.masks)
+        self._apply()
+
     def _compute(
-        self, step: int, rules: Mapping[str, Rule], prev: Mapping[str, Tensor]
+        self,
+        step: int,
+        rules: Mapping[str, Rule],
+        prev: Mapping[str, Tensor],
+        floor: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         params = {name: param for name, param in self._params().items() if name in rules}
         before = {n: self._store.mask_for(n, params[n]) for n in params if n in prev}
@@ -273,6 +330,7 @@ class Pruner:
             step,
             PruneConfig(module_name_configs=dict(rules)),
             prev=before,
+            floor={n: floor[n].to(params[n].device) for n in params if n in floor},
             grads={name: param.grad for name, param in params.items()},
         )
 
