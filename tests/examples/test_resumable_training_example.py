@@ -2,116 +2,73 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import pytest
+from lives import MOMENTS, live
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-# Kills itself within the nth checkpoint: with half of it written, before the move, or after it.
-KILLER = """
-import io, os, pathlib, signal, sys, torch
-import resumable_training as example
-
-moment, nth = sys.argv.pop(1), int(sys.argv.pop(1))
-save, move, saves = torch.save, pathlib.Path.replace, 0
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def torch_save(states, file):
-    global saves
-    saves += 1
-    if saves == nth and moment == "half":
-        save(states, whole := io.BytesIO())
-        file.write(whole.getvalue()[: whole.tell() // 2])
-        file.flush()
-        die()
-    save(states, file)
-
-def replace(self, target):
-    if saves == nth and moment == "before":
-        die()
-    move(self, target)
-    if saves == nth and moment == "after":
-        die()
-
-torch.save, pathlib.Path.replace = torch_save, replace
-example.main(sys.argv[1:])
-"""
+FOLDERS = (str(Path(__file__).parent), str(Path(__file__).parents[2] / "examples"))
 
 
-def start(data: Path, folder: Path, steps: int, *killer: str) -> subprocess.Popen[str]:
-    script = ["-c", KILLER, *killer] if killer else [str(EXAMPLES / "resumable_training.py")]
-    arguments = [str(folder), "--data", str(data), "--steps", str(steps), "--save-every", "1"]
-    paths = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", *script, *arguments],
-        env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ForkServerContext]:
+    """Make new processes quickly: they are forked from one that has imported all, and run nothing.
 
-
-def end(process: subprocess.Popen[str]) -> str:
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return printed
-
-
-def killed_at_a_random_moment(process: subprocess.Popen[str], delay: float) -> bool:
-    """Wait until it trains, kill it a little later; return whether it was still training."""
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith("training from step")
-    time.sleep(delay)
-    process.kill()
-    process.communicate(timeout=300)
-    return process.returncode == -signal.SIGKILL
-
-
-def killed_within_a_checkpoint(process: subprocess.Popen[str], moment: str, folder: Path) -> bool:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL, errors
-    return (folder / "checkpoint.partial").exists() is (moment != "after")
-
-
-MOMENTS = ("half", "before", "after")
+    What dies with a life is the memory of its training.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lives"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")]))
+        yield context
 
 
 @pytest.mark.parametrize(
     ("steps", "kills"),
-    [(40, ("half", 0.1)), pytest.param(1500, None, marks=pytest.mark.slow)],
-    ids=["a few kills", "24 kills"],
+    [(500, 24), pytest.param(3500, 150, marks=pytest.mark.slow)],
+    ids=["24 kills", "150 kills"],
 )
 def test_a_run_that_is_killed_ends_with_the_bits_of_the_run_that_never_stopped(
-    steps: int, kills: tuple[str | float, ...] | None, bands: Path, tmp_path: Path
+    steps: int, kills: int, processes: ForkServerContext, bands: Path, tmp_path: Path
 ):
     """Defends law 10 against SIGKILL at any moment, within the writing of a checkpoint too."""
-    draw = random.Random(0)
-    if kills is None:  # of three lives two end at a random moment, and one within a checkpoint
-        kills = tuple(draw.uniform(0, 0.4) if i % 3 else MOMENTS[i // 3 % 3] for i in range(24))
-    whole = start(bands, tmp_path / "whole", steps)
-    survived = half_written = 0
-    for kill in kills:
-        if isinstance(kill, str):
-            nth = str(draw.randint(2, 6))
-            process = start(bands, tmp_path / "killed", steps, kill, nth)
-            assert killed_within_a_checkpoint(process, kill, tmp_path / "killed")
-            survived += 1
+
+    def start(folder: Path, moment: str | None = None, nth: int = 0) -> ForkServerProcess:
+        process = processes.Process(target=live, args=(folder, bands, steps, moment, nth))
+        process.start()
+        return process
+
+    def end(process: ForkServerProcess) -> int | None:
+        process.join(timeout=300)
+        return process.exitcode
+
+    draw, folder = random.Random(0), tmp_path / "killed"
+    whole = start(tmp_path / "whole")
+    survived = aside = 0
+    for i in range(kills):  # every third life ends within a checkpoint, the others anywhere
+        if i % 3:
+            process = start(folder)
+            time.sleep(draw.uniform(0, 0.15))
+            process.kill()
+            survived += end(process) == -signal.SIGKILL
         else:
-            process = start(bands, tmp_path / "killed", steps)
-            survived += killed_at_a_random_moment(process, kill)
-        half_written += (tmp_path / "killed" / "checkpoint.partial").exists()
-    printed = end(start(bands, tmp_path / "killed", steps))
-    print(f"{survived} kills of {len(kills)}, {half_written} with a file aside")
-    assert survived >= len(kills) * 5 // 6
-    assert half_written >= 1
-    assert "digest: " in printed
-    assert printed == end(whole)
+            moment = MOMENTS[i // 3 % 3]
+            assert end(start(folder, moment, draw.randint(1, 4))) == -signal.SIGKILL
+            assert (folder / "checkpoint.partial").exists() is (moment != "after")
+            survived += 1
+        aside += (folder / "checkpoint.partial").exists()
+    assert not (folder / "printed").exists(), "all of this happened before the end"
+    assert end(start(folder)) == 0, (folder / "errors").read_text()
+    assert end(whole) == 0, (tmp_path / "whole" / "errors").read_text()
+    lives = (folder / "errors").read_text().splitlines()
+    print(f"{survived} kills, {aside} with a file aside, {len(lives)} lives that trained")
+    assert survived == kills
+    assert "digest: " in (folder / "printed").read_text()
+    assert (folder / "printed").read_text() == (tmp_path / "whole" / "printed").read_text()
