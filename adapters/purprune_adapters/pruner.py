@@ -167,8 +167,7 @@ class Pruner:
             self._owners = _owners(self._model, self._rules)
         self._take(held)
         add_forward_hooks(self._model, self._store, self._rules)
-        if self._optimizer is not None:
-            self._handles.append(self._optimizer.register_step_post_hook(self._after_optimizer))
+        self._attach()
         self._phase, self._loaded = "prepared", None
         return self._model
 
@@ -275,6 +274,16 @@ class Pruner:
             self._take(held)
         self._trained = self._trained or held is not None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the handles of hooks: optimizers copy and pickle without theirs."""
+        return {**self.__dict__, "_handles": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Attach a copy to the copy of its optimizer."""
+        self.__dict__.update(state)
+        if self._phase == "prepared":
+            self._attach()
+
     def __repr__(self) -> str:
         """Return a short description."""
         return f"Pruner({len(self._rules)} parameters, {self._phase}, step {self._step})"
@@ -341,6 +350,10 @@ class Pruner:
 
     def _has_changed(self) -> bool:
         return any(self._store.changed(name, param) for name, param in self._params().items())
+
+    def _attach(self) -> None:
+        if self._optimizer is not None:
+            self._handles.append(self._optimizer.register_step_post_hook(self._after_optimizer))
 
     def _after_optimizer(self, *_: Any) -> None:
         self._apply()

@@ -7,13 +7,22 @@ import io
 import math
 import pickle
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import Tensor, nn
 
 from purprune import (
@@ -41,6 +50,7 @@ CONFIGS = {
 }
 FLOOR = {"2.weight": torch.tensor([[False] * 6] * 2 + [[True] * 6] * 2)}
 SEEDS = st.integers(0, 3)
+REACHED: Counter[Any] = Counter()
 
 
 def net() -> nn.Module:
@@ -86,9 +96,13 @@ class Faults(RuleBasedStateMachine):
     """The pruner beside a model of it: params, masks, floor and step, folded purely."""
 
     @initialize(
-        config=st.sampled_from(sorted(CONFIGS)), floored=st.booleans(), attached=st.booleans()
+        config=st.sampled_from(sorted(CONFIGS)),
+        floored=st.booleans(),
+        attached=st.booleans(),
+        steps=st.none() | st.integers(0, 6),
     )
-    def start(self, config: str, floored: bool, attached: bool) -> None:
+    def start(self, config: str, floored: bool, attached: bool, steps: int | None) -> None:
+        """Make a pruner; most machines begin some steps after prepare, with two saved states."""
         self.config, self.floor = CONFIGS[config], FLOOR if floored else {}
         self.model = net()
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
@@ -105,11 +119,17 @@ class Faults(RuleBasedStateMachine):
         self.phase = "new"
         self.loaded = False
         self.saved: list[tuple[dict[str, Any], dict[str, Tensor], int]] = []
+        if steps is not None:
+            self.prepare(inplace=True)
+            self.save(packed=True)
+            self.go_on(range(steps))
+            self.save(packed=False)
 
     def attempt(self, call: Any, *errors: type[Exception]) -> None:
         """Call what has to fail in a documented way, with one line."""
         with pytest.raises(errors) as caught:
             call()
+        REACHED[caught.type.__name__, self.phase] += 1
         assert "\n" not in str(caught.value)
         assert str(caught.value).startswith("Expected")
 
@@ -173,6 +193,13 @@ class Faults(RuleBasedStateMachine):
         if self.phase == "prepared" and self.pruner._optimizer is not None:
             assert bits(apply_masks(self.params, self.masks)) == bits(self.params)
 
+    @precondition(lambda self: self.phase == "prepared" and not self.has_nan)
+    @rule(seeds=st.lists(SEEDS, min_size=1, max_size=3))
+    def go_on(self, seeds: Iterable[int]) -> None:
+        for seed in seeds:
+            self.train(seed)
+            self.step()
+
     @rule()
     def step(self) -> None:
         if self.phase != "prepared":
@@ -184,6 +211,7 @@ class Faults(RuleBasedStateMachine):
             return
         self.pruner.step()
         self.step_count += 1
+        REACHED["step", min(self.step_count, 7)] += 1
         self.masked() if self.has_nan else self.fold()
 
     @rule(packed=st.booleans())
@@ -206,6 +234,7 @@ class Faults(RuleBasedStateMachine):
             self.attempt(lambda: self.pruner.load_state_dict(state), RuntimeError)
             return
         self.pruner.load_state_dict(state)
+        REACHED["load", step != self.step_count and self.phase] += 1
         self.masks, self.step_count, self.loaded = dict(masks), step, True
         if self.phase == "prepared":
             self.masked()
@@ -257,7 +286,7 @@ class Faults(RuleBasedStateMachine):
         self.params = {**self.params, name: self.params[name].clone()}
         self.params[name].view(-1)[at] = value
 
-    @rule(inplace=st.booleans())
+    @rule(inplace=st.sampled_from([False] * 7 + [True]))
     def finalize(self, inplace: bool) -> None:
         call = lambda: self.pruner.finalize(inplace=inplace)  # noqa: E731
         if self.phase != "prepared":
@@ -311,7 +340,23 @@ class Faults(RuleBasedStateMachine):
             assert bits(dict(self.pruner.masks)) == bits(self.masks)
 
 
-Faults.TestCase.settings = settings(
-    max_examples=settings.default.max_examples // 2, stateful_step_count=25
-)
-TestFaults = Faults.TestCase
+def test_the_pruner_is_the_pure_fold_in_any_order_of_calls_and_faults():
+    """Defends every success against the fold, and every failure against half a change.
+
+    The counts show that the machine gets to the places that matter.
+    """
+    REACHED.clear()
+    examples = settings.default.max_examples // 2
+    run_state_machine_as_test(
+        Faults, settings=settings(max_examples=examples, stateful_step_count=20)
+    )
+    for phase, errors in {
+        "new": ["RuntimeError", "ValueError", "NaNError"],
+        "prepared": ["ValueError", "NaNError", "TypeError"],
+        "finalized": ["RuntimeError"],
+    }.items():
+        for error in errors:
+            assert REACHED[error, phase], (error, phase)
+    for event in (("load", "new"), ("load", "prepared"), ("step", 1), ("step", 7)):
+        assert REACHED[event], event
+    print(examples, "machines", sum(REACHED.values()), "events")
