@@ -99,7 +99,7 @@ class Faults(RuleBasedStateMachine):
         config=st.sampled_from(sorted(CONFIGS)),
         floored=st.booleans(),
         attached=st.booleans(),
-        steps=st.sampled_from([None, None, 0, 1, 2, 3, 4, 5]),
+        steps=st.sampled_from([None, None, 0, 1, 3, 5, 6]),
     )
     def start(self, config: str, floored: bool, attached: bool, steps: int | None) -> None:
         """Make a pruner; most machines begin some steps after prepare, with two saved states."""
@@ -367,7 +367,7 @@ def test_the_pruner_is_the_pure_fold_in_any_order_of_calls_and_faults():
     The counts show that the machine gets to the places that matter.
     """
     REACHED.clear()
-    examples = settings.default.max_examples // 2
+    examples = min(settings.default.max_examples, 500)
     run_state_machine_as_test(
         Faults, settings=settings(max_examples=examples, stateful_step_count=20)
     )
@@ -376,6 +376,6 @@ def test_the_pruner_is_the_pure_fold_in_any_order_of_calls_and_faults():
         (ValueError, "prepared"), (RuntimeError, "finalized"),
     ):  # fmt: skip
         assert REACHED[place], place
-    for event in (("load", "new"), ("load", "prepared"), ("step", 1), ("step", 7)):
+    for event in (("load", "new"), ("load", "prepared"), ("step", 1), ("step", 6)):
         assert REACHED[event], event
     print(examples, "machines", sum(REACHED.values()), "events")
