@@ -36,7 +36,6 @@ from purprune import (
 )
 from purprune_adapters import Pruner, assert_sparse, load_pruner, resolve, save_pruner
 
-safetensors = pytest.importorskip("safetensors.torch")
 # Without a process group it says that it takes the process for the only one, which is so here.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 SCHEDULE = PolynomialDecay([0, 2, 4])
@@ -100,6 +99,7 @@ def test_every_format_resumes_to_the_bits_of_the_run_that_never_stopped(
     weights, momenta = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     state = None
     if way == "safetensors":
+        pytest.importorskip("safetensors")
         save_pruner(pruner, tmp_path / "pruner.safetensors")
     elif way == "dcp":
         dcp.save({"model": model.state_dict(), "pruner": pruner}, checkpoint_id=tmp_path)
@@ -175,6 +175,7 @@ def test_the_state_of_a_new_pruner_keeps_everything_and_takes_nothing():
 
 def test_the_flat_form_in_a_safetensors_file_is_the_documented_one(tmp_path: Path):
     """Defends other readers of the file."""
+    safetensors = pytest.importorskip("safetensors.torch")
     _, _, pruner = trained(masks={"0.weight": torch.ones(4, 1, 3, 3, dtype=torch.bool)})
     save_pruner(pruner, tmp_path / "pruner.safetensors")
     tensors = safetensors.load_file(tmp_path / "pruner.safetensors")
@@ -317,6 +318,7 @@ def test_a_truncated_or_tampered_safetensors_file_raises_one_line_and_changes_no
     tmp_path: Path,
 ):
     """Defends against every length that a killed writer leaves, and every flipped byte."""
+    safetensors = pytest.importorskip("safetensors.torch")
     _, _, saved = trained()
     path = tmp_path / "pruner.safetensors"
     save_pruner(saved, path)
