@@ -36,8 +36,11 @@ from purprune import (
 )
 from purprune_adapters import Pruner, assert_sparse, load_pruner, resolve, save_pruner
 
-# Without a process group it says that it takes the process for the only one, which is so here.
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+# DCP warns of a single process, which is meant here, and in torch 2.7 of its own storage calls.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
+]
 SCHEDULE = PolynomialDecay([0, 2, 4])
 CONFIG = (
     PruneConfig()
