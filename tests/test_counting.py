@@ -94,7 +94,7 @@ def in_order(group: Group, outcome: Outcome) -> np.ndarray:
 
 @given(st.data(), st.sampled_from([exact_values, any_values]), st.sampled_from([0, 5, 60]))
 def test_the_first_k_of_many_parts_are_those_of_one_stable_sort(data, values, sample):
-    """Defends ties across parts, mixed dtypes, signs, prev, floors, samples that miss, few buckets."""
+    """Defends ties across parts, mixed dtypes, signs, prev, floors, samples that miss."""
     case = Case(data, values)
     group = case.group(case.whole)
     (outcome,) = count_down([group], bits=case.bits, sample=sample)

@@ -32,8 +32,8 @@ def processes() -> Iterator[ForkServerContext]:
 
 @pytest.mark.parametrize(
     ("steps", "kills"),
-    [(350, 24), pytest.param(3500, 150, marks=pytest.mark.slow)],
-    ids=["24 kills", "150 kills"],
+    [(150, 10), pytest.param(3500, 150, marks=pytest.mark.slow)],
+    ids=["10 kills", "150 kills"],
 )
 def test_a_run_that_is_killed_ends_with_the_bits_of_the_run_that_never_stopped(
     steps: int, kills: int, processes: ForkServerContext, bands: Path, tmp_path: Path
