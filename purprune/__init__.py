@@ -5,12 +5,15 @@ from purprune.config import Rule as Rule
 from purprune.errors import ConfigError as ConfigError
 from purprune.errors import NaNError as NaNError
 from purprune.errors import SelectionError as SelectionError
+from purprune.given import infer_masks as infer_masks
 from purprune.masks import Count as Count
 from purprune.masks import Sparsity as Sparsity
 from purprune.masks import apply_masks as apply_masks
 from purprune.masks import compute_masks as compute_masks
 from purprune.masks import iter_masks as iter_masks
 from purprune.masks import sparsity as sparsity
+from purprune.packing import pack_masks as pack_masks
+from purprune.packing import unpack_masks as unpack_masks
 from purprune.patterns import NM as NM
 from purprune.patterns import Block as Block
 from purprune.patterns import Channel as Channel

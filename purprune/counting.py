@@ -1,12 +1,13 @@
 """Counting: the k-th of units that lie in many parts, found without putting the parts together.
 
 The parts may be tensors that share one count, pieces of tensors on several machines, or tensors of
-a file that is larger than memory. Within a group the order is total: what ``prev`` pruned goes
-first, then the lowest key (:mod:`purprune.ranking`), then the lower member, then the lower flat
-index in it. An interval of keys is known to hold the k-th. In every round it is cut into equal
-buckets, every part counts its keys per bucket, the counts are summed, and the bucket with the k-th
-is the next interval, until it is a single key or ends exactly at the k-th. A sample says where to
-look first; where it misleads, a round more is counted: luck moves time, never bits.
+a file that is larger than memory. Within a group the order is total: what a floor prunes goes
+first, then what ``prev`` pruned, then the lowest key (:mod:`purprune.ranking`), then the lower
+member, then the lower flat index in it. An interval of keys is known to hold the k-th. In every
+round it is cut into equal buckets, every part counts its keys per bucket, the counts are summed,
+and the bucket with the k-th is the next interval, until it is a single key or ends exactly at the
+k-th. A sample says where to look first; where it misleads, a round more is counted: luck moves
+time, never bits.
 
 Whoever has all parts calls :func:`count_down`, then :func:`keep` for one part after the other in
 their order, and carries along how many ties are left. Where every process has some parts, all call
@@ -101,20 +102,36 @@ def summed(counts: Sequence[Tensor], reduce: Reduce) -> list[Tensor]:
 
 
 def _start(groups: Sequence[Group], reduce: Reduce, bits: int) -> list[_Search]:
-    """Count what ``prev`` prunes: whether a unit was is the leading digit of the order."""
-    own = [sum(_pruned(part.prev) for part in group.parts) for group in groups]
-    pruned = reduce(torch.tensor(own, dtype=torch.int64)).tolist() if groups else []
-    return [_first(group, gone, bits) for group, gone in zip(groups, pruned, strict=True)]
+    """Count what floors and ``prev`` prune: these are the leading digits of the order."""
+    own = [torch.tensor(_pruned(group)) for group in groups]
+    pruned = summed(own, reduce) if groups else []
+    return [
+        _first(group, int(held), int(gone), bits)
+        for group, (held, gone) in zip(groups, pruned, strict=True)
+    ]
 
 
-def _pruned(prev: Tensor | None) -> int:
-    return 0 if prev is None else prev.numel() - int(torch.count_nonzero(prev))
+def _pruned(group: Group) -> tuple[int, int]:
+    """Return how many units floors prune, and how many ``prev`` does besides."""
+    held = sum(_false(part.floor) for part in group.parts)
+    return held, sum(_false(_both(part)) for part in group.parts) - held
 
 
-def _first(group: Group, gone: int, bits: int) -> _Search:
-    units, known = sum(group.sizes), group.among or key_range(group.dtype, group.absolute)
-    kept = group.k >= gone
-    rank, among = (group.k - gone, units - gone) if kept else (group.k, gone)
+def _both(part: Part) -> Tensor | None:
+    if part.prev is None or part.floor is None:
+        return part.floor if part.prev is None else part.prev
+    return part.prev & part.floor
+
+
+def _false(mask: Tensor | None) -> int:
+    return 0 if mask is None else mask.numel() - int(torch.count_nonzero(mask))
+
+
+def _first(group: Group, held: int, gone: int, bits: int) -> _Search:
+    units, known = sum(group.sizes) - held, group.among or key_range(group.dtype, group.absolute)
+    k = max(group.k - held, 0)
+    kept = k >= gone
+    rank, among = (k - gone, units - gone) if kept else (k, gone)
     return _Search(kept, rank, among, known, known, min(bits, max(8, units.bit_length())))
 
 

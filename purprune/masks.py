@@ -38,18 +38,22 @@ def compute_masks(
     cfg: PruneConfig | Rule | Mapping[str, Any],
     *,
     prev: Mapping[str, Tensor] | None = None,
+    floor: Mapping[str, Tensor] | None = None,
     grads: Mapping[str, Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """Return the masks in force at ``step``, one for every parameter that a rule is for.
 
-    In every group exactly ``floor(units * sparsity(step))`` units are pruned: the first by
-    (score, flat index), and where tensors share a group, ties by the order of ``params``.
+    In every group exactly ``k = floor(units * sparsity(step))`` units are pruned: the first by
+    (score, flat index), and where tensors share a group, ties by the order of ``params``. With
+    ``floor`` they are the larger of k and what ``floor`` prunes there.
 
     Args:
         params: flat mapping of dotted names to tensors, as ``dict(model.named_parameters())``.
         step: the optimizer step, from 0.
         cfg: a :class:`PruneConfig`, a :class:`Rule` for everything, or a dict.
         prev: masks so far. What they prune stays pruned while the sparsity does not fall.
+        floor: masks that hold at every step, such as those of a model that was pruned before.
+            What they prune is pruned, whatever the sparsity: first they, then ``prev``.
         grads: gradients by name, for scores that need them.
 
     Returns:
@@ -59,13 +63,13 @@ def compute_masks(
     Raises:
         NaNError: a weight or score holds NaN; names the parameter and the count.
         SelectionError: a selector matches nothing, or a parameter can't be pruned.
-        ConfigError: a pattern does not fit a parameter, or ``prev`` does not.
+        ConfigError: a pattern does not fit a parameter, or ``prev`` or ``floor`` does not.
 
     >>> params = {"fc.weight": torch.tensor([[0.3, -0.2, -0.01, 0.05]])}
     >>> compute_masks(params, 0, Rule(target_sparsity=0.75))
     {'fc.weight': tensor([[ True, False, False, False]])}
     """
-    return dict(iter_masks(params, step, cfg, prev=prev, grads=grads))
+    return dict(iter_masks(params, step, cfg, prev=prev, floor=floor, grads=grads))
 
 
 def iter_masks(
@@ -74,6 +78,7 @@ def iter_masks(
     cfg: PruneConfig | Rule | Mapping[str, Any],
     *,
     prev: Mapping[str, Tensor] | None = None,
+    floor: Mapping[str, Tensor] | None = None,
     grads: Mapping[str, Tensor | None] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and masks of :func:`compute_masks` one at a time.
@@ -95,11 +100,12 @@ def iter_masks(
     shapes = described(params)
     step = check_step(step)
     rules = select(as_config(cfg), shapes).rules
-    for what, given in (("prev", prev), ("grads", grads)):
+    for what, given in (("prev", prev), ("floor", floor), ("grads", grads)):
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f"Expected {what} as a dict by name; got {type(given).__name__}.")
-    inputs = Inputs(params, step, dict(prev or {}), dict(grads or {}))
+    inputs = Inputs(params, step, dict(prev or {}), dict(floor or {}), dict(grads or {}))
     _refuse_strangers(inputs.prev, shapes)
+    _refuse_strangers(inputs.floor, shapes)
     return _masks(rules, shared_groups(rules, shapes), inputs)
 
 
@@ -126,16 +132,20 @@ def check_step(step: int) -> int:
 def _mask(name: str, rule: Rule, inputs: Inputs) -> Tensor:
     weight, context = inputs.weight(name), inputs.context(name)
     block, layout = unit_layout(name, rule, weight.shape)
-    prev = inputs.prev.get(name)
-    before = None if prev is None else kept_units(prev, block, weight, name)
+    prev, floor = (
+        kept_units(what, given[name], block, weight, name) if name in given else None
+        for what, given in inputs.given.items()
+    )
     sparsity = sparsity_at(name, rule, inputs.step)
     if sparsity == 0:  # no score is needed, nor a gradient
         refuse_nan(weight, f"the weight {name!r}")
+        if floor is not None:
+            return inputs.floor[name].clone()
         return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     try:
         scores = unit_scores(raw_scores(weight, rule, context), block, norm_of(rule))
         absolute = ranks_absolute(rule, is_entry(block))
-        keep = keep_all_but_lowest(scores, absolute, layout, sparsity, before)
+        keep = keep_all_but_lowest(scores, absolute, layout, sparsity, prev, floor)
     except NaNError:
         refuse_nan(weight, f"the weight {name!r}")
         refuse_nan(raw_scores(weight, rule, context), f"the score of {name!r}")

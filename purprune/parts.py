@@ -42,6 +42,8 @@ class Part(NamedTuple):
     """The member's whole unit grid; None: the piece is the whole."""
     offset: tuple[int, ...] = ()
     """Where in the grid the piece begins, per dim."""
+    floor: Tensor | None = None
+    """Which units may stay; the others go first of all, and are not ranked; None: all may."""
 
 
 class Group(NamedTuple):
@@ -50,7 +52,7 @@ class Group(NamedTuple):
     parts: Sequence[Part]
     """The parts that this process holds, in the order of their members."""
     k: int
-    """How many units go."""
+    """How many units go, if a floor does not prune more."""
     sizes: tuple[int, ...]
     """How many units each member has, wherever they are."""
     dtype: torch.dtype
@@ -68,6 +70,7 @@ class Outcome(NamedTuple):
     """True: all that were pruned go, and of those kept so far the ones below ``bound``.
 
     False: of those pruned so far the ones below ``bound`` stay pruned, and nothing else goes.
+    Either way all that a floor prunes goes.
     """
     bound: int
     """A key."""
@@ -182,21 +185,29 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     """Yield keys in chunks, and which of them are ranked: those kept so far, or the others."""
     size, flat = _size(scores), scores.detach().reshape(-1)
-    prev: Array | None = None if part.prev is None else part.prev.reshape(-1)
-    prev = prev.numpy() if prev is not None and _on_cpu(prev) else prev
+    prev, floor = _flat(part.prev), _flat(part.floor)
     room = min(size, scores.numel())
     scratch = key_scratch(group.dtype, room) if _on_cpu(scores) else None
     flags = np.empty((2, room), np.bool_) if _on_cpu(scores) else None
     for start in starts:
         keys, nan = keys_of(flat[start : start + size], group.dtype, group.absolute, scratch)
-        active: Array | None = None
+        at = slice(start, start + size)
         if nan:
-            keys = keys[:0]
-        elif prev is not None:
-            active = prev[start : start + size] if kept else ~prev[start : start + size]
+            yield _Chunk(start, keys[:0], None, nan, flags)
+            continue
+        active: Array | None = None
+        if prev is not None:
+            active = prev[at] if kept else ~prev[at]
         elif not kept:
             active = keys != keys
+        if floor is not None:
+            active = floor[at] if active is None else active & floor[at]
         yield _Chunk(start, keys, active, nan, flags)
+
+
+def _flat(mask: Tensor | None) -> Array | None:
+    flat: Array | None = None if mask is None else mask.reshape(-1)
+    return flat.numpy() if flat is not None and _on_cpu(flat) else flat
 
 
 def count_part(group: Group, part: Part, kept: bool, buckets: Buckets, tally: Tally) -> None:
@@ -241,6 +252,8 @@ def sampled(group: Group, part: Part, kept: bool, sample: int) -> Tensor:
         at = at[_picked(part.prev.reshape(-1), at).numpy() == kept]
     elif not kept:
         at = at[:0]
+    if part.floor is not None:
+        at = at[_picked(part.floor.reshape(-1), at).numpy()]
     return _picked(scores, at).to(group.dtype)
 
 
@@ -260,6 +273,7 @@ def keep(group: Group, part: Part, outcome: Outcome, ties: int) -> tuple[Tensor,
     else:
         stay = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     flat: Array = stay.view(-1).numpy() if _on_cpu(scores) else stay.view(-1)
+    floor = _flat(part.floor)
 
     def mark(starts: Sequence[int]) -> list[tuple[int, int]]:
         tied: list[tuple[int, int]] = []
@@ -271,6 +285,8 @@ def keep(group: Group, part: Part, outcome: Outcome, ties: int) -> tuple[Tensor,
                 into &= chunk.active
             elif chunk.active is not None:
                 into |= ~chunk.active
+                if floor is not None:
+                    into &= floor[chunk.start : chunk.start + len(chunk.keys)]
             if ties:
                 tied.append((chunk.start, _count(chunk.ties(outcome.bound))))
         return tied

@@ -118,6 +118,11 @@ class Layout(NamedTuple):
     size: int | None = None
     """None: a row is one group."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all units are one group."""
+        return self.lead == 0 and self.size is None
+
     def spans(self, columns: int) -> list[tuple[int, int, int]]:
         """Return (start, stop, size): of the columns from start to stop, every size are a group."""
         size = columns if self.size is None else self.size

@@ -66,8 +66,11 @@ def keep_all_but_lowest(
     layout: Layout,
     sparsity: Fraction,
     prev: Tensor | None = None,
+    floor: Tensor | None = None,
 ) -> Tensor:
     """Return which units to keep: all but the first ``k`` by (score, flat index) in each group.
+
+    With a floor they are ``max(k, what the floor prunes there)``.
 
     Args:
         scores: the unit grid, one score per unit.
@@ -75,6 +78,7 @@ def keep_all_but_lowest(
         layout: how the grid divides into groups.
         sparsity: the fraction of units to prune in every group.
         prev: the units kept so far; the others go first, whatever their score.
+        floor: the units that may be kept; the others go, and before those of ``prev``.
 
     Returns:
         A bool tensor of the grid's shape and device, True = keep.
@@ -82,6 +86,27 @@ def keep_all_but_lowest(
     Raises:
         NaNError: a score is NaN. The message has no name; callers know it.
     """
+    if floor is None:
+        return _keep(scores, absolute, layout, sparsity, prev)
+    before = floor if prev is None else prev & floor
+    keep = _keep(scores, absolute, layout, sparsity, before)
+    if bool((keep & ~before).any()):  # fewer go than before: which of them come back?
+        last = _with_highest(scores, before)
+        first = _keep(last, absolute, layout, sparsity, floor)
+        keep = _keep(scores, absolute, layout, sparsity, before | first)
+    return keep & floor
+
+
+def _with_highest(scores: Tensor, where: Tensor) -> Tensor:
+    """Return the scores with the highest that there is in some places."""
+    scores = scores.float() if scores.itemsize == 1 else scores  # float8 may have no infinity
+    highest = math.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).max - 1
+    return scores.masked_fill(where, highest)
+
+
+def _keep(
+    scores: Tensor, absolute: bool, layout: Layout, sparsity: Fraction, prev: Tensor | None
+) -> Tensor:
     bits, infinity = _as_integers(scores.detach())
     columns = math.prod(scores.shape[d] for d in layout.order[layout.lead :])
     spans = [Span(*span, count(span[2], sparsity)) for span in layout.spans(columns)]

@@ -110,16 +110,18 @@ def entry_scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
     return scores
 
 
-def kept_units(prev: Tensor, block: tuple[int, ...], weight: Tensor, name: str) -> Tensor:
-    """Return which units ``prev`` keeps; refuse a mask that cuts through units."""
-    check_mask(name, prev, weight)
+def kept_units(
+    what: str, mask: Tensor, block: tuple[int, ...], weight: Tensor, name: str
+) -> Tensor:
+    """Return which units a mask keeps; refuse one that cuts through units."""
+    check_mask(name, mask, weight)
     if is_entry(block):
-        return prev
-    kept = prev[tuple(slice(None, None, b) for b in block)]  # the first entry of each unit
-    if not _same(spread(kept, block, weight.shape), prev):
+        return mask
+    kept = mask[tuple(slice(None, None, b) for b in block)]  # the first entry of each unit
+    if not _same(spread(kept, block, weight.shape), mask):
         raise ConfigError(
-            f"Expected prev[{name!r}] to prune whole units of {block}; got one that cuts through "
-            f"units. Start without prev when the pattern changes."
+            f"Expected {what}[{name!r}] to prune whole units of {block}; got one that cuts through "
+            f"units. Start without {what} when the pattern changes."
         )
     return kept
 

@@ -43,7 +43,13 @@ class Inputs(NamedTuple):
     params: Mapping[str, Tensor]
     step: int
     prev: Mapping[str, Tensor]
+    floor: Mapping[str, Tensor]
     grads: Mapping[str, Tensor | None]
+
+    @property
+    def given(self) -> dict[str, Mapping[str, Tensor]]:
+        """The masks that are given, by what they are called in errors."""
+        return {"prev": self.prev, "floor": self.floor}
 
     def weight(self, name: str) -> Tensor:
         """Return a parameter's values."""
@@ -154,20 +160,24 @@ def group_of(shared: Shared, inputs: Inputs, scale: int | None = None) -> Group:
         scale: the power of two by which squares are scaled; None: found in the values.
     """
     dtype = _dtype(shared, inputs)
+    scorers = _scorers(shared, inputs, dtype, scale)
     parts = [
-        Part(scores, i, _kept(name, shared, inputs))
-        for i, (name, scores) in enumerate(_scorers(shared, inputs, dtype, scale).items())
+        Part(scores, i, prev, floor=floor)
+        for i, (name, scores) in enumerate(scorers.items())
+        for prev, floor in [_kept(name, shared, inputs)]
     ]
     k = count(shared.units, shared.sparsity_at(inputs.step))
     sizes = tuple(member.units for member in shared.members.values())
     return Group(parts, k, sizes, dtype, ranks_absolute(shared.rule, shared.of_entries))
 
 
-def _kept(name: str, shared: Shared, inputs: Inputs) -> Tensor | None:
+def _kept(name: str, shared: Shared, inputs: Inputs) -> list[Tensor | None]:
+    """Return which units of a member ``prev`` keeps, and which ``floor`` does."""
     member = shared.members[name]
-    if name not in inputs.prev:
-        return None
-    return kept_units(inputs.prev[name], member.block, member.like, name)
+    return [
+        kept_units(what, given[name], member.block, member.like, name) if name in given else None
+        for what, given in inputs.given.items()
+    ]
 
 
 def _dtype(shared: Shared, inputs: Inputs) -> torch.dtype:

@@ -75,11 +75,16 @@ def _units(scores: Tensor, pattern: Pattern) -> list[tuple[Index, list[Index], A
     ]
 
 
-def _prune(units: list[tuple[Tensor, list[Index], Any, bool]], sparsity: Fraction) -> None:
-    """Prune the first of (mask, entries, score, pruned before) in their masks."""
+Row = tuple[Tensor, list[Index], Any, bool, bool]
+
+
+def _prune(units: list[Row], sparsity: Fraction) -> None:
+    """Prune the first of (mask, entries, score, pruned before, by a floor) in their masks."""
     order = sorted(units, key=lambda unit: unit[2])  # stable
     order.sort(key=lambda unit: not unit[3])
-    for mask, entries, _, _ in order[: math.floor(len(units) * sparsity)]:
+    order.sort(key=lambda unit: not unit[4])
+    k = max(math.floor(len(units) * sparsity), sum(unit[4] for unit in units))
+    for mask, entries, *_ in order[:k]:
         for index in entries:
             mask[index] = False
 
@@ -89,13 +94,17 @@ def _gone(prev: Tensor | None, entries: list[Index]) -> bool:
 
 
 def prune_oracle(
-    scores: Tensor, pattern: Pattern, sparsity: Fraction, prev: Tensor | None = None
+    scores: Tensor,
+    pattern: Pattern,
+    sparsity: Fraction,
+    prev: Tensor | None = None,
+    floor: Tensor | None = None,
 ) -> Tensor:
     """Return the mask (True = keep) by a stable sort in each group, all sums exact."""
     mask = torch.ones(tuple(scores.shape), dtype=torch.bool)
-    groups: dict[Any, list[tuple[Tensor, list[Index], Any, bool]]] = defaultdict(list)
+    groups: dict[Any, list[Row]] = defaultdict(list)
     for unit, entries, score in _units(scores, pattern):
-        row = (mask, entries, score, _gone(prev, entries))
+        row = (mask, entries, score, _gone(prev, entries), _gone(floor, entries))
         groups[_group_of(pattern.group, unit)].append(row)
     for units in groups.values():
         _prune(units, sparsity)
@@ -107,9 +116,10 @@ def global_oracle(
     pattern: Pattern,
     sparsity: Fraction,
     prev: dict[str, Tensor] | None = None,
+    floor: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the masks by one stable sort of the units of all tensors, all sums exact."""
-    prev = prev or {}
+    prev, floor = prev or {}, floor or {}
     masks = {name: torch.ones(tuple(s.shape), dtype=torch.bool) for name, s in scores.items()}
     of_entries = all(
         math.prod(_unit_extent(pattern.unit, tuple(s.shape))) == 1 for s in scores.values()
@@ -120,7 +130,13 @@ def global_oracle(
         return score if of_entries else _unit_score(values, pattern.norm)
 
     units = [
-        (masks[name], entries, score_of(s, entries, score), _gone(prev.get(name), entries))
+        (
+            masks[name],
+            entries,
+            score_of(s, entries, score),
+            _gone(prev.get(name), entries),
+            _gone(floor.get(name), entries),
+        )
         for name, s in scores.items()
         for _, entries, score in _units(s, pattern)
     ]

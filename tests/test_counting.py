@@ -32,11 +32,12 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Case:
-    """Some tensors, some with a previous mask, of which the first k units are to go."""
+    """Some tensors, some with a previous mask or a floor, whose first k units are to go."""
 
     def __init__(self, data: st.DataObject, values: st.SearchStrategy[float]) -> None:
         self.tensors = list(data.draw(members(shapes, values)).values())
-        self.prev = [data.draw(_prev(w)) for w in self.tensors]
+        self.prev = [data.draw(_flags(w)) for w in self.tensors]
+        self.floor = [data.draw(_flags(w)) for w in self.tensors]
         self.absolute = data.draw(st.booleans())
         self.units = sum(w.numel() for w in self.tensors)
         self.k = data.draw(st.integers(0, self.units))
@@ -48,27 +49,32 @@ class Case:
 
     @property
     def whole(self) -> list[Part]:
-        pairs = zip(self.tensors, self.prev, strict=True)
-        return [Part(lambda w=w: w, i, prev) for i, (w, prev) in enumerate(pairs)]
+        triples = zip(self.tensors, self.prev, self.floor, strict=True)
+        return [
+            Part(lambda w=w: w, i, prev, floor=floor) for i, (w, prev, floor) in enumerate(triples)
+        ]
 
     @property
     def expected(self) -> np.ndarray:
         flat = np.concatenate([w.double().numpy().ravel() for w in self.tensors])
         keys = np.abs(flat) if self.absolute else flat + 0.0
-        kept = np.concatenate(
-            [
-                np.ones(w.numel(), bool) if prev is None else prev.numpy().ravel()
-                for w, prev in zip(self.tensors, self.prev, strict=True)
-            ]
+        kept, below = (
+            np.concatenate(
+                [
+                    np.ones(w.numel(), bool) if mask is None else mask.numpy().ravel()
+                    for w, mask in zip(self.tensors, masks, strict=True)
+                ]
+            )
+            for masks in (self.prev, self.floor)
         )
-        order = np.lexsort((np.arange(self.units), keys, kept))
+        order = np.lexsort((np.arange(self.units), keys, kept, below))
         stays = np.ones(self.units, bool)
-        stays[order[: self.k]] = False
+        stays[order[: max(self.k, int((~below).sum()))]] = False
         return stays
 
 
 @st.composite
-def _prev(draw: st.DrawFn, of: Tensor) -> Tensor | None:
+def _flags(draw: st.DrawFn, of: Tensor) -> Tensor | None:
     if draw(st.booleans()):
         return None
     flags = draw(st.lists(st.booleans(), min_size=of.numel(), max_size=of.numel()))
@@ -88,7 +94,7 @@ def in_order(group: Group, outcome: Outcome) -> np.ndarray:
 
 @given(st.data(), st.sampled_from([exact_values, any_values]), st.sampled_from([0, 5, 60]))
 def test_the_first_k_of_many_parts_are_those_of_one_stable_sort(data, values, sample):
-    """Defends ties across parts, mixed dtypes, signs, prev, misses of the sample, few buckets."""
+    """Defends ties across parts, mixed dtypes, signs, prev, floors, samples that miss."""
     case = Case(data, values)
     group = case.group(case.whole)
     (outcome,) = count_down([group], bits=case.bits, sample=sample)
@@ -146,7 +152,7 @@ class Processes:
 def pieces(draw: st.DrawFn, case: Case) -> list[tuple[int, tuple[slice, ...], Part]]:
     """Cut each tensor in up to four pieces along two dims; each has an owner."""
     found = []
-    for i, (w, prev) in enumerate(zip(case.tensors, case.prev, strict=True)):
+    for i, (w, *masks) in enumerate(zip(case.tensors, case.prev, case.floor, strict=True)):
         cuts = [draw(st.integers(0, n)) if d < 2 else n for d, n in enumerate(w.shape)]
         corners: list[tuple[slice, ...]] = [()]
         for n, cut in zip(w.shape, cuts, strict=True):
@@ -154,8 +160,8 @@ def pieces(draw: st.DrawFn, case: Case) -> list[tuple[int, tuple[slice, ...], Pa
             corners = [(*corner, slice(*end)) for corner in corners for end in ends]
         for at in corners:
             offset = tuple(s.start for s in at)
-            own = None if prev is None else prev[at]
-            part = Part(lambda w=w, at=at: w[at], i, own, tuple(w.shape), offset)
+            prev, floor = (None if mask is None else mask[at] for mask in masks)
+            part = Part(lambda w=w, at=at: w[at], i, prev, tuple(w.shape), offset, floor)
             found.append((draw(st.integers(0, 1)), at, part))
     return found
 

@@ -29,6 +29,7 @@ from purprune import (
     iter_masks,
     plan,
 )
+from purprune.given import refuse_unfit_masks
 from strategies import (
     any_values,
     exact_values,
@@ -92,6 +93,36 @@ def test_law_5_with_prev_nothing_comes_back_and_the_count_is_exact(data):
     s = Fraction(str(high))
     if s:  # at 0 nothing is pruned, whatever prev says
         assert_same(got, global_oracle(magnitudes(after), pattern, s, prev))
+
+
+@given(st.data())
+def test_a_floor_goes_first_in_the_one_group_and_the_count_is_the_larger_one(data):
+    """Defends masks that are given: exactly max(k, theirs) of all units, some tensors without."""
+    params = data.draw(members(matrix_shapes))
+    pattern = data.draw(global_patterns_for(min(w.dim() for w in params.values())))
+    low, middle, high = (data.draw(sparsities) for _ in range(3))
+    drawn = [
+        masks_of(params, Rule(s, pattern=pattern, score=Random(seed)))
+        for seed, s in enumerate((low, middle))
+    ]
+    floor, prev = (
+        {name: mask for name, mask in masks.items() if data.draw(st.booleans())} for masks in drawn
+    )
+    rule = Rule(high, pattern=pattern)
+    got = masks_of(params, rule, prev=prev, floor=floor)
+    s = Fraction(str(high))
+    expected = global_oracle(magnitudes(params), pattern, s, prev if s else {}, floor)
+    assert_same(got, expected)
+    refuse_unfit_masks(got, 0, dict.fromkeys(params, rule), floor)
+    assert all(not bool((got[name] & ~mask).any()) for name, mask in floor.items())
+
+
+def test_a_floor_that_does_not_fit_a_global_group_is_refused():
+    """Defends whole units in a group of many tensors, and the error's word."""
+    params = {"a": torch.ones(2, 4), "b": torch.ones(3, 4)}
+    cut = torch.tensor([[True, False, True, True]] * 2)
+    with pytest.raises(ConfigError, match=r"floor\['a'\] to prune whole units"):
+        masks_of(params, Rule(0.5, pattern=Channel(scope="global")), floor={"a": cut})
 
 
 @given(st.data(), sparsities)

@@ -1,5 +1,6 @@
 """Adapters that put purprune's pure core into training loops and onto Apple devices."""
 
+from purprune_adapters.asserting import assert_sparse as assert_sparse
 from purprune_adapters.checkpoints import Checkpoint as Checkpoint
 from purprune_adapters.coreml import ExportError as ExportError
 from purprune_adapters.coreml import ExportReport as ExportReport
@@ -7,6 +8,8 @@ from purprune_adapters.coreml import VerificationError as VerificationError
 from purprune_adapters.coreml import evaluate_coreml as evaluate_coreml
 from purprune_adapters.coreml import export_coreml as export_coreml
 from purprune_adapters.coreml import verify_coreml as verify_coreml
+from purprune_adapters.files import load_pruner as load_pruner
+from purprune_adapters.files import save_pruner as save_pruner
 from purprune_adapters.pruner import Pruner as Pruner
 from purprune_adapters.report import Report as Report
 from purprune_adapters.report import ReportRow as ReportRow

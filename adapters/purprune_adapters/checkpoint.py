@@ -4,25 +4,53 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from purprune import Plan, PruneConfig, Rule, plan
-from purprune_adapters.distributed import counted, placed
+from purprune import PruneConfig, Rule, pack_masks, unpack_masks
+from purprune.given import refuse_unfit_masks, refuse_without_rule
+from purprune_adapters.distributed import is_sharded, local, placed, summed
 
 FORMAT = 1
-_KEYS = ("format", "step", "config", "masks")
+PLAIN = ("format", "prepared", "step", "config", "packed", "floor_of")
+TENSORS = ("masks", "floor")
+_NONE = object()
 
 
-def pack_state(step: int, masks: Mapping[str, Tensor], config: PruneConfig) -> dict[str, Any]:
+class Held(NamedTuple):
+    """What a pruner holds: the step, the masks in force, and those that hold at every step."""
+
+    step: int
+    masks: Mapping[str, Tensor]
+    floor: Mapping[str, Tensor]
+
+    @classmethod
+    def nothing(cls, params: Mapping[str, Tensor], floor: Mapping[str, Tensor] | None) -> Held:
+        """Return masks that keep everything; so does a floor of None, which is not known yet."""
+        masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
+        return cls(0, masks, masks if floor is None else floor)
+
+
+def pack_state(held: Held, config: PruneConfig, *, prepared: bool, packed: bool) -> dict[str, Any]:
     """Return a state that ``torch.save`` and ``torch.load(weights_only=True)`` carry."""
+    if packed and any(map(is_sharded, held.masks.values())):
+        raise ValueError(
+            "Expected packed=False for masks in shards; got packed=True. "
+            "torch.distributed.checkpoint stores each process's part as it is."
+        )
+    store = pack_masks if packed else _copied
     return {
         "format": FORMAT,
-        "step": step,
+        "prepared": prepared,
+        "step": held.step,
         "config": json.dumps(config.as_dict(), sort_keys=True),
-        "masks": {name: mask.detach().clone() for name, mask in masks.items()},
+        "packed": packed,
+        # A checkpoint that fills the tensors which it finds here can't bring new names.
+        "floor_of": json.dumps(sorted(held.floor)),
+        "masks": store(held.masks),
+        "floor": store(held.floor),
     }
 
 
@@ -31,73 +59,99 @@ def unpack_state(
     config: PruneConfig,
     params: Mapping[str, Tensor],
     rules: Mapping[str, Rule],
-) -> tuple[int, dict[str, Tensor]]:
-    """Return step and masks of a state that fits; raise and say what differs otherwise."""
-    if not isinstance(state, Mapping) or set(state) != set(_KEYS):
-        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"Expected a pruner state with keys {', '.join(_KEYS)}; got {got}.")
-    if state["format"] != FORMAT:
-        raise ValueError(f"Expected format {FORMAT} of the pruner state; got {state['format']!r}.")
+) -> Held | None:
+    """Return what a state that fits holds, None of a pruner that was not prepared.
+
+    Raises:
+        ValueError: the state does not fit; says what differs.
+    """
+    _refuse_other_keys(state)
     step = state["step"]
     if type(step) is not int or step < 0:
         raise ValueError(f"Expected step >= 0 in the pruner state; got {step!r}.")
-    differing = _differences(_loaded(state["config"]), json.loads(json.dumps(config.as_dict())))
+    for key in ("prepared", "packed"):
+        if type(state[key]) is not bool:
+            raise ValueError(f"Expected a bool as {key!r} of the pruner state; got {state[key]!r}.")
+    _refuse_another_config(_loaded(state, "config"), config)
+    masks, floor = (_masks(state, part) for part in TENSORS)
+    held_names = _loaded(state, "floor_of")
+    if held_names != sorted(floor):
+        raise ValueError(
+            f"Expected the masks that were given to the pruner that was saved, of {held_names}; "
+            f"got them of {sorted(floor)}. Make this Pruner with masks= or keep_zeros= as that one."
+        )
+    masks = _fitting(masks, params, rules)
+    floor = _fitting(floor, params, floor)
+    if not state["prepared"]:
+        return None
+    refuse_without_rule(floor, rules)
+    refuse_unfit_masks(
+        _local(masks), step, rules, _local(floor), lambda counts: summed(counts, masks)
+    )
+    return Held(step, masks, floor)
+
+
+def _local(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: local(mask) for name, mask in masks.items()}
+
+
+def _copied(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    plain = torch.contiguous_format  # an expanded view can't be loaded into
+    return {name: mask.detach().clone(memory_format=plain) for name, mask in masks.items()}
+
+
+def _refuse_other_keys(state: Any) -> None:
+    keys = (*PLAIN, *TENSORS)
+    if not isinstance(state, Mapping) or set(state) != set(keys):
+        got = type(state).__name__
+        if isinstance(state, Mapping):
+            missing = [key for key in keys if key not in state]
+            unknown = sorted(str(key) for key in state if key not in keys)
+            got = f"one without {_few(missing)}, with {_few(unknown)} besides"
+        raise ValueError(f"Expected a pruner state with keys {', '.join(keys)}; got {got}.")
+    if type(state["format"]) is not int or state["format"] != FORMAT:
+        raise ValueError(f"Expected format {FORMAT} of the pruner state; got {state['format']!r}.")
+
+
+def _refuse_another_config(saved: Any, config: PruneConfig) -> None:
+    differing = _differences(saved, json.loads(json.dumps(config.as_dict())))
     if differing:
         raise ValueError(
             "Expected the state of a pruner with the same config; these differ (saved, now): "
-            + "; ".join(differing)
+            + "; ".join(differing[:5])
+            + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
         )
-    masks = _fitting_masks(state["masks"], params, rules)
-    _refuse_other_counts(masks, plan(params, PruneConfig(module_name_configs=rules), step), step)
-    return step, masks
 
 
-def _refuse_other_counts(masks: Mapping[str, Tensor], planned: Plan, step: int) -> None:
-    """Raise when masks do not prune what the schedule says, per tensor or group of tensors."""
-    unit = {row.name: row.unit for row in planned.tensors}
-    pruned = counted(masks, lambda name, mask: _pruned_units(mask, unit[name]))
-    counts = [
-        (repr(row.name), row.units, row.pruned_units, pruned[row.name])
-        for row in planned.tensors
-        if row.pruned_units is not None
-    ]
-    counts += [
-        (" and ".join(map(repr, g.names)), g.units, g.pruned, sum(pruned[n] for n in g.names))
-        for g in planned.shared
-    ]
-    for names, units, expected, got in counts:
-        if got != expected:
-            raise ValueError(
-                f"Expected {expected} of {units} units pruned in {names} at step {step}; the masks "
-                f"of the state prune {got}. It is damaged."
-            )
-
-
-def _pruned_units(mask: Tensor, unit: tuple[int, ...]) -> int:
-    kept = mask[tuple(slice(None, None, n) for n in unit)]
-    return kept.numel() - int(torch.count_nonzero(kept))
-
-
-def _loaded(config: Any) -> Any:
+def _loaded(state: Mapping[str, Any], key: str) -> Any:
     try:
-        return json.loads(config)
-    except (TypeError, ValueError):
+        return json.loads(state[key])
+    except (TypeError, ValueError, RecursionError):
         raise ValueError(
-            "Expected JSON as the config of the pruner state; it is damaged."
+            f"Expected JSON as the {key} of the pruner state; it is damaged."
         ) from None
 
 
-def _fitting_masks(
-    masks: Any, params: Mapping[str, Tensor], names: Collection[str]
-) -> dict[str, Tensor]:
+def _masks(state: Mapping[str, Any], part: str) -> Mapping[str, Tensor]:
+    masks = state[part]
     if not isinstance(masks, Mapping):
-        raise ValueError(f"Expected masks by name; got {type(masks).__name__}.")
-    if set(masks) != set(names):
-        missing = sorted(set(names) - set(masks))
-        extra = sorted(set(masks) - set(names))
-        raise ValueError(f"Expected masks of this model; missing {missing}, not in it {extra}.")
+        raise ValueError(f"Expected {part} by name; got {type(masks).__name__}.")
+    return unpack_masks(masks) if state["packed"] else masks
+
+
+def _fitting(
+    masks: Mapping[str, Tensor], params: Mapping[str, Tensor], names: Collection[str]
+) -> dict[str, Tensor]:
+    """Return copies of the masks where their parameters are."""
+    strangers = sorted(str(name) for name in {*masks} - {*params})
+    missing = sorted({*names} - {*masks})
+    if strangers or missing:
+        raise ValueError(
+            f"Expected masks of this model; missing {_few(missing)}, not in it {_few(strangers)}."
+        )
     for name, mask in masks.items():
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        plain = isinstance(mask, Tensor) and mask.layout is torch.strided and not mask.is_meta
+        if not plain or mask.dtype != torch.bool:
             raise ValueError(f"Expected a bool mask for {name!r} in the pruner state.")
         if mask.shape != params[name].shape:
             raise ValueError(
@@ -107,12 +161,22 @@ def _fitting_masks(
     return {name: placed(name, masks[name], params[name]) for name in names}
 
 
+def _few(names: Collection[str]) -> str:
+    shown = ", ".join(repr(name) for name in [*names][:5])
+    return f"[{shown}{' and more' if len(names) > 5 else ''}]"
+
+
 def _differences(saved: Any, now: Any, path: str = "config") -> list[str]:
     """Return the paths at which two plain values differ."""
     if isinstance(saved, dict) and isinstance(now, dict):
         return [
             line
             for key in sorted(set(saved) | set(now))
-            for line in _differences(saved.get(key), now.get(key), f"{path}.{key}")
+            for line in _differences(saved.get(key, _NONE), now.get(key, _NONE), f"{path}.{key}")
         ]
-    return [] if saved == now else [f"{path} ({saved!r}, {now!r})"]
+    return [] if saved == now else [f"{path} ({_short(saved)}, {_short(now)})"]
+
+
+def _short(plain: Any) -> str:
+    text = "none" if plain is _NONE else repr(plain)
+    return text if len(text) <= 80 else f"{text[:76]} ..."

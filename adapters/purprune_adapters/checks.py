@@ -1,14 +1,15 @@
-"""What a pruner refuses before it changes anything."""
+"""What a pruner refuses before it changes anything, and what it warns of at the end."""
 
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from purprune import SelectionError
+from purprune import Rule, SelectionError
 from purprune.ranking import nan_error
 from purprune_adapters.distributed import counted, fsdp_modules
 from purprune_adapters.hooks import MaskHook
@@ -99,3 +100,43 @@ def refuse_another_model(
             raise ValueError(
                 f"Expected {name!r} of shape {tuple(mask.shape)}; got {tuple(params[name].shape)}."
             )
+
+
+def require_prepared(call: str, phase: str) -> None:
+    """Raise before prepare(), and after the end."""
+    if phase == "new":
+        raise RuntimeError(f"Expected prepare() before {call}(); call pruner.prepare() first.")
+    refuse_finalized(call, phase)
+
+
+def refuse_finalized(call: str, phase: str) -> None:
+    """Raise after the end."""
+    if phase == "finalized":
+        raise RuntimeError(
+            f"Expected a pruner in training; got {call}() after finalize(inplace=True), which "
+            f"ended it. Make a new Pruner, or finalize a copy with inplace=False."
+        )
+
+
+def warn_unless_over(rules: Mapping[str, Rule], step: int, trained: bool) -> None:
+    """Warn the caller of finalize() when nothing trained, or the schedules are not over."""
+    if step > 1 and not trained:  # one step alone prunes once, without training
+        warnings.warn(
+            f"step() was called {step} times, but no pruned weight ever changed in between. Is "
+            f"the optimizer made from the parameters of the model that prepare() returned? It is "
+            f"a copy unless inplace=True.",
+            stacklevel=3,
+        )
+    early = [
+        f"{name} at {float(rule.sparsity_at(step)):.4g} of {float(rule.target):.4g}"
+        for name, rule in rules.items()
+        if rule.last_step is not None and rule.sparsity_at(step) != rule.target
+    ]
+    if early:
+        last = max(rule.last_step or 0 for rule in rules.values())
+        warnings.warn(
+            f"finalize() at step {step}, before the schedule's end at step {last}: "
+            f"{', '.join(early[:3])}{' and others' if len(early) > 3 else ''}. Call "
+            f"pruner.step() after each optimizer.step() until it is over.",
+            stacklevel=3,
+        )

@@ -51,26 +51,47 @@ def masks_at(
     params: Mapping[str, Tensor],
     step: int,
     cfg: PruneConfig,
+    *,
     prev: Mapping[str, Tensor],
+    floor: Mapping[str, Tensor],
     grads: Mapping[str, Tensor | None],
 ) -> dict[str, Tensor]:
     """Return ``compute_masks`` of the whole weights, in shards where the weights are."""
     if not any(map(is_sharded, params.values())):
-        return purprune.compute_masks(params, step, cfg, prev=prev, grads=grads)
+        return purprune.compute_masks(params, step, cfg, prev=prev, floor=floor, grads=grads)
     from purprune_adapters.sharded import sharded_masks
 
-    return sharded_masks(params, step, cfg, prev=prev, grads=grads)
+    return sharded_masks(params, step, cfg, prev=prev, floor=floor, grads=grads)
 
 
 def counted(tensors: Mapping[str, Tensor], count: Callable[[str, Tensor], int]) -> dict[str, int]:
     """Count something in each tensor by name; where they are sharded it is a collective call."""
-    own = {name: count(name, local(tensor)) for name, tensor in tensors.items()}
+    own = {name: [count(name, local(tensor))] for name, tensor in tensors.items()}
+    return {name: n for name, (n,) in summed(own, tensors).items()}
+
+
+def summed(counts: Mapping[str, list[int]], tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Sum counts by name over the processes that hold different parts of the tensors."""
     if not any(map(is_sharded, tensors.values())):
-        return own
+        return dict(counts)
     from purprune_adapters.shards import totals
 
-    found = totals({name: [n] for name, n in own.items()}, tensors)
-    return {name: n for name, (n,) in found.items()}
+    return totals(counts, tensors)
+
+
+def shared_like(name: str, mask: Tensor, like: Tensor) -> Tensor:
+    """Return the mask of what this process holds of a weight as a mask of the weight."""
+    if not is_sharded(like):
+        return mask
+    from purprune_adapters.shards import shards_of
+
+    return shards_of(name, like).share(mask, like)  # type: ignore[arg-type]
+
+
+def brought(name: str, mask: Tensor, like: Tensor) -> Tensor:
+    """Return a mask where its weight is: itself, or a copy when the model moved."""
+    there = mask.device == like.device and is_sharded(mask) == is_sharded(like)
+    return mask if there else placed(name, mask, like)
 
 
 def placed(name: str, mask: Tensor, like: Tensor) -> Tensor:

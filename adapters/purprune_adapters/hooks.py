@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from purprune_adapters.distributed import is_sharded, local, placed
+from purprune_adapters.distributed import brought, is_sharded, local
 from purprune_adapters.inplace import zero_pruned_
 
 
@@ -59,9 +59,7 @@ class MaskStore:
 
     def mask_for(self, name: str, tensor: Tensor) -> Tensor:
         """Return the mask where the tensor is, brought there once when the model moved."""
-        mask = self.masks[name]
-        if mask.device != tensor.device or is_sharded(mask) != is_sharded(tensor):
-            mask = self.masks[name] = placed(name, mask, tensor)
+        mask = self.masks[name] = brought(name, self.masks[name], tensor)
         return mask
 
     def is_for(self, name: str, tensor: Tensor) -> bool:

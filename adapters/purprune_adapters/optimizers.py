@@ -70,10 +70,6 @@ class ZeroKeeper:
             optimizer.register_step_post_hook(self._after),
         ]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is known of tensors: a copy has tensors of its own."""
-        return {**self.__dict__, "_state_seen": {}, "_state_moves": set(), "_sure": set()}
-
     def masks_changed(self, names: Mapping[str, Any]) -> None:
         """Forget what was known of the state; zero it where pruned, if that was asked for."""
         for name in names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -14,18 +14,22 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.optim does: it imports the compiler late
 
 import purprune
-from purprune import Count, GlobalGroup, Plan, PruneConfig, Rule
+from purprune import Plan, PruneConfig, Rule
 from purprune.config import as_config
 from purprune_adapters.activity import Activity
-from purprune_adapters.checkpoint import pack_state, unpack_state
+from purprune_adapters.checkpoint import Held, pack_state, unpack_state
 from purprune_adapters.checks import (
     refuse_another_model,
     refuse_copy,
+    refuse_finalized,
     refuse_nan,
     refuse_two_pruners,
     refuse_unfit_parameters,
+    require_prepared,
+    warn_unless_over,
 )
-from purprune_adapters.distributed import counted, masks_at, reshard
+from purprune_adapters.distributed import reshard
+from purprune_adapters.floors import floor_of_zeros, given_floor
 from purprune_adapters.hooks import (
     MaskStore,
     add_forward_hooks,
@@ -33,8 +37,9 @@ from purprune_adapters.hooks import (
     write_zeros_,
 )
 from purprune_adapters.optimizers import ZeroKeeper
-from purprune_adapters.report import Report, ReportRow
+from purprune_adapters.report import Report, report_of
 from purprune_adapters.resolve import resolve_rules
+from purprune_adapters.targets import Targets
 from purprune_adapters.wrappers import unwrapped
 
 
@@ -47,6 +52,8 @@ class Pruner:
 
     n calls of :meth:`step` leave the weights and masks of the pure fold: for each step t,
     ``masks = compute_masks(params, t, cfg, prev=masks); params = apply_masks(params, masks)``.
+    With ``masks`` given, each step of the fold is ``compute_masks(..., prev=masks, floor=given)``,
+    from step 0 on: what they prune stays pruned, also where the schedule asks for less.
 
     Args:
         model: the model to prune. Of DistributedDataParallel and ``torch.compile`` it is the model
@@ -60,10 +67,15 @@ class Pruner:
         mask_gradients: False leaves the gradients of pruned entries as they are.
         mask_optimizer_state: True zeroes momentum and the like of pruned entries whenever masks
             change; it needs ``optimizer``.
+        masks: masks by parameter name that hold at every step, for a model that was pruned
+            before. In every group the larger of the schedule's count and theirs is pruned.
+        keep_zeros: True takes as ``masks`` the zeros that the pruned parameters have at
+            :meth:`prepare`.
 
     Raises:
-        SelectionError: a selector matches nothing, or a parameter can't be pruned.
-        ConfigError: a pattern does not fit its parameter.
+        SelectionError: a selector matches nothing, a parameter can't be pruned, or a mask is
+            given for a parameter without a rule.
+        ConfigError: a pattern does not fit its parameter, or its mask.
 
     >>> from purprune import PolynomialDecay, Rule
     >>> model = nn.Linear(8, 4)
@@ -88,14 +100,15 @@ class Pruner:
         optimizer: torch.optim.Optimizer | None = None,
         mask_gradients: bool = True,
         mask_optimizer_state: bool = False,
+        masks: Mapping[str, Tensor] | None = None,
+        keep_zeros: bool = False,
     ) -> None:
         """Resolve the config on the model; nothing is changed yet."""
         self._config = as_config(config)
         self._given, model = model, unwrapped(model)
         selection = resolve_rules(model, self._config)
-        self._rules, self._skipped = selection.rules, selection.skipped
-        self._model = model
-        self._owners = _owners(model, self._rules)
+        self._skipped = selection.skipped
+        self._targets = Targets(model, selection.rules)
         self._optimizer = optimizer
         self._mask_state = mask_optimizer_state
         if mask_optimizer_state and optimizer is None:
@@ -103,6 +116,8 @@ class Pruner:
                 "Expected optimizer=... with mask_optimizer_state=True; got None. Pass the "
                 "optimizer whose state is to be masked."
             )
+        if masks is not None and keep_zeros:
+            raise ValueError("Expected masks or keep_zeros=True; got both. Give the masks alone.")
         refuse_unfit_parameters(self._params(), optimizer)
         self._step = 0
         self._phase = "new"  # then "prepared", then "finalized"
@@ -110,13 +125,15 @@ class Pruner:
         self._activity = Activity()
         self._store = MaskStore(uuid.uuid4().hex, mask_gradients)
         self._keeper: ZeroKeeper | None = None
-        self._loaded: tuple[int, dict[str, Tensor]] | None = None
+        self._loaded: Held | None = None
         self.plan(step=0)  # a pattern that does not fit is found before training
+        self._keep_zeros = keep_zeros
+        self._floor = given_floor({} if masks is None else masks, self._params(), self._rules)
 
     @property
     def model(self) -> nn.Module:
         """The model that is pruned, without wrappers: a copy after ``prepare(inplace=False)``."""
-        return self._model
+        return self._targets.model
 
     @property
     def config(self) -> PruneConfig:
@@ -145,7 +162,7 @@ class Pruner:
         return MappingProxyType(self._store.masks)
 
     def plan(self, step: int | None = None) -> Plan:
-        """Return what would be pruned at a step (None: at the end), in integers."""
+        """Return what the config prunes at a step (None: at the end), in integers."""
         planned = purprune.plan(self._params(), self.resolved_config, step)
         return Plan(planned.step, planned.tensors, self._skipped, planned.shared)
 
@@ -177,23 +194,16 @@ class Pruner:
             return self._given
         if not inplace:
             refuse_copy("prepare", self._given, self._optimizer)
-        refuse_two_pruners(self._model, self._params(), self._store.token)
-        step, masks = self._loaded or (0, None)
-        if masks is None:
-            masks = self._compute(0, self._rules, {})
+        refuse_two_pruners(self.model, self._params(), self._store.token)
+        held = self._loaded or self._start()
         if not inplace:
-            self._given = self._model = copy.deepcopy(self._model)
-            self._owners = _owners(self._model, self._rules)
-        self._step, self._loaded = step, None
-        if self._optimizer is not None:
-            self._keeper = ZeroKeeper(
-                self._optimizer, self._store, self._params, mask_state=self._mask_state
-            )
-        self._renew(masks)
-        self._apply()
+            self._given = copy.deepcopy(self.model)
+            self._targets = Targets(self._given, self._rules)
+        self._attach()
+        self._take(held)
         self._activity.start(self._params())
-        add_forward_hooks(self._model, self._store, self._rules)
-        self._phase = "prepared"
+        add_forward_hooks(self.model, self._store, self._rules)
+        self._phase, self._loaded = "prepared", None
         return self._given
 
     @_disable_dynamo  # counting and ranking are no graphs; around them all may be compiled
@@ -206,11 +216,11 @@ class Pruner:
             RuntimeError: before :meth:`prepare`, or after ``finalize(inplace=True)``.
             NaNError: a weight holds NaN; step and masks stay as they were.
         """
-        self._require_prepared("step")
+        require_prepared("step", self._phase)
         step = self._step + 1
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:
-            self._renew(self._compute(step, due, self._store.masks))
+            self._renew(self._targets.masks_at(step, due, self._store.masks, self._floor))
         self._activity.count(self._params())
         self._step = step
         # An attached optimizer left everything masked; what nobody wrote to since is not read.
@@ -230,21 +240,22 @@ class Pruner:
             NaNError: a pruned parameter holds NaN.
             ValueError: ``model`` has other parameters than the pruned one.
         """
-        self._require_prepared("finalize")
-        chosen = self._model if model is None else model
+        require_prepared("finalize", self._phase)
+        chosen = self.model if model is None else model
         if not inplace:
             refuse_copy("finalize", chosen)
         reshard(chosen)
         params = dict(chosen.named_parameters())
         refuse_another_model(chosen, params, self._store.masks)
         refuse_nan({name: params[name] for name in self._rules})
-        self._warn_unless_over()
+        trained = self._trained or self._activity.trained(self._params(), self._store.masks)
+        warn_unless_over(self._rules, self._step, trained)
         final = chosen if inplace else copy.deepcopy(chosen)
         params = dict(final.named_parameters())
         for name in self._rules:
             write_zeros_(params[name], self._store.mask_for(name, params[name]))
         remove_forward_hooks(final, self._store.token)
-        if final is self._model:
+        if final is self.model:
             self._remove_handles()
             self._phase = "finalized"
         return final
@@ -254,69 +265,88 @@ class Pruner:
 
         Of sharded weights all are counted, in every process: call it in all of them.
         """
-        params = self._params()
-        zeros, pruned = _zeros(params), _zeros(self._store.masks)
-        rows = [
-            ReportRow(
-                name,
-                tuple(params[name].shape),
-                Count(zeros[name], params[name].numel()),
-                Count(pruned.get(name, 0), params[name].numel()),
-                float(rule.sparsity_at(self._step)),
-                None if rule.last_step is None else float(rule.target),
-                isinstance(rule.pattern.group, GlobalGroup),
-            )
-            for name, rule in self._rules.items()
-        ]
-        entries = sum(param.numel() for param in self._model.parameters())
-        skipped = MappingProxyType(dict(self._skipped))
-        return Report(self._phase, self._step, entries, tuple(rows), skipped)
+        return report_of(self._phase, self._step, self._targets, self._store.masks, self._skipped)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return step, masks and config as tensors and plain values, for ``torch.save``."""
-        self._require_prepared("state_dict")
-        return pack_state(self._step, self._store.masks, self._config)
+    def state_dict(self, *, packed: bool = False) -> dict[str, Any]:
+        """Return step, masks and config as tensors and plain values, for ``torch.save``.
+
+        Before :meth:`prepare` it has the same keys and shapes, so that a checkpoint which loads
+        in place (``torch.distributed.checkpoint``) finds tensors to fill.
+
+        Args:
+            packed: True stores masks at one bit per entry instead of a byte;
+                :meth:`load_state_dict` takes either. Masks in shards are not packed.
+        """
+        refuse_finalized("state_dict", self._phase)
+        prepared = self._phase == "prepared" or self._loaded is not None
+        return pack_state(self._held(), self._config, prepared=prepared, packed=packed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take step and masks from :meth:`state_dict`.
 
         Before :meth:`prepare` (best: no mask of step 0 touches the loaded weights) or after it.
+        Masks that were given to the pruner that was saved replace those given to this one.
 
         Raises:
             ValueError: the state belongs to another config or to other shapes, or is damaged;
                 says what differs, and nothing is changed.
         """
-        step, masks = unpack_state(state, self._config, self._params(), self._rules)
-        self._trained = True
+        refuse_finalized("load_state_dict", self._phase)
+        held = unpack_state(state, self._config, self._params(), self._rules)
         if self._phase == "new":
-            self._loaded = (step, masks)
-            return
-        self._require_prepared("load_state_dict")
-        self._step = step
-        self._renew(masks)
-        self._apply()
+            self._loaded = held
+        elif held is None:
+            raise ValueError("Expected the state of a prepared pruner; got one of a new pruner.")
+        else:
+            self._take(held)
+        self._trained = self._trained or held is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the hooks of the optimizer: it is copied and pickled without them."""
+        return {**self.__dict__, "_keeper": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Attach a copy to the copy of its optimizer."""
+        self.__dict__.update(state)
+        if self._phase == "prepared":
+            self._attach()
 
     def __repr__(self) -> str:
         """Return a short description."""
         return f"Pruner({len(self._rules)} parameters, {self._phase}, step {self._step})"
 
-    def _params(self) -> dict[str, Tensor]:
-        """Look the parameters up in their modules: ``load_state_dict(assign=True)`` renews them."""
-        reshard(self._model)
-        return {name: getattr(owner, leaf) for name, (owner, leaf) in self._owners.items()}
+    @property
+    def _rules(self) -> Mapping[str, Rule]:
+        return self._targets.rules
 
-    def _compute(
-        self, step: int, rules: Mapping[str, Rule], prev: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        params = {name: param for name, param in self._params().items() if name in rules}
-        before = {n: self._store.mask_for(n, params[n]) for n in params if n in prev}
-        return masks_at(
-            params,
-            step,
-            PruneConfig(module_name_configs=dict(rules)),
-            prev=before,
-            grads={name: param.grad for name, param in params.items()},
+    def _params(self) -> dict[str, Tensor]:
+        return self._targets.params()
+
+    def _start(self) -> Held:
+        """Return what holds at step 0."""
+        floor = self._floor
+        if self._keep_zeros:
+            floor = floor_of_zeros(self._params(), self._rules)
+        return Held(0, self._targets.masks_at(0, self._rules, {}, floor), floor)
+
+    def _held(self) -> Held:
+        """Return what holds now."""
+        if self._phase == "prepared":
+            return Held(self._step, self._store.masks, self._floor)
+        return self._loaded or Held.nothing(
+            self._params(), None if self._keep_zeros else self._floor
         )
+
+    def _take(self, held: Held) -> None:
+        self._step, self._floor = held.step, dict(held.floor)
+        self._renew(held.masks)
+        self._apply()
+
+    def _attach(self) -> None:
+        if self._optimizer is not None:
+            self._keeper = ZeroKeeper(
+                self._optimizer, self._store, self._targets.params, mask_state=self._mask_state
+            )
 
     def _apply(self, only_changed: bool = False) -> None:
         apply = self._store.apply_if_changed_ if only_changed else self._store.apply_
@@ -332,45 +362,3 @@ class Pruner:
         self._store.release()
         if self._keeper is not None:
             self._keeper.remove()
-
-    def _require_prepared(self, call: str) -> None:
-        if self._phase == "new":
-            raise RuntimeError(f"Expected prepare() before {call}(); call pruner.prepare() first.")
-        if self._phase == "finalized":
-            raise RuntimeError(
-                f"Expected a pruner in training; got {call}() after finalize(inplace=True), which "
-                f"ended it. Make a new Pruner, or finalize a copy with inplace=False."
-            )
-
-    def _warn_unless_over(self) -> None:
-        trained = self._trained or self._activity.trained(self._params(), self._store.masks)
-        if self._step > 1 and not trained:  # one step alone prunes once, without training
-            warnings.warn(
-                f"step() was called {self._step} times, but no pruned weight ever changed in "
-                f"between. Is the optimizer made from the parameters of the model that prepare() "
-                f"returned? It is a copy unless inplace=True.",
-                stacklevel=3,
-            )
-        early = [
-            f"{name} at {float(rule.sparsity_at(self._step)):.4g} of {float(rule.target):.4g}"
-            for name, rule in self._rules.items()
-            if rule.last_step is not None and rule.sparsity_at(self._step) != rule.target
-        ]
-        if early:
-            last = max(rule.last_step or 0 for rule in self._rules.values())
-            warnings.warn(
-                f"finalize() at step {self._step}, before the schedule's end at step {last}: "
-                f"{', '.join(early[:3])}{' and others' if len(early) > 3 else ''}. Call "
-                f"pruner.step() after each optimizer.step() until it is over.",
-                stacklevel=3,
-            )
-
-
-def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
-    paths = {name: name.rpartition(".") for name in names}
-    return {name: (model.get_submodule(path), leaf) for name, (path, _, leaf) in paths.items()}
-
-
-def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    kept = counted(tensors, lambda _, tensor: int(torch.count_nonzero(tensor.detach())))
-    return {name: tensor.numel() - kept[name] for name, tensor in tensors.items()}

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from purprune import Count
+import torch
+from torch import Tensor
+
+from purprune import Count, GlobalGroup
 from purprune.tables import skipped_text, text_table
+from purprune_adapters.distributed import counted
+from purprune_adapters.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -99,3 +105,34 @@ class Report:
             f"{title}; {share:.2%} of all parameters\n"
             f"{text_table(head, rows)}{skipped_text(self.skipped)}"
         )
+
+
+def report_of(
+    phase: str,
+    step: int,
+    targets: Targets,
+    masks: Mapping[str, Tensor],
+    skipped: Mapping[str, str],
+) -> Report:
+    """Count the zeros in the weights and what the masks prune; a collective call for shards."""
+    params = targets.params()
+    zeros, pruned = _zeros(params), _zeros(masks)
+    rows = [
+        ReportRow(
+            name,
+            tuple(params[name].shape),
+            Count(zeros[name], params[name].numel()),
+            Count(pruned.get(name, 0), params[name].numel()),
+            float(rule.sparsity_at(step)),
+            None if rule.last_step is None else float(rule.target),
+            isinstance(rule.pattern.group, GlobalGroup),
+        )
+        for name, rule in targets.rules.items()
+    ]
+    entries = sum(param.numel() for param in targets.model.parameters())
+    return Report(phase, step, entries, tuple(rows), MappingProxyType(dict(skipped)))
+
+
+def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    kept = counted(tensors, lambda _, tensor: int(torch.count_nonzero(tensor.detach())))
+    return {name: tensor.numel() - kept[name] for name, tensor in tensors.items()}

@@ -19,6 +19,7 @@ from purprune import ConfigError, Magnitude, Random, Rule, Taylor
 from purprune.patterns import GlobalGroup, Layout
 from purprune.scores import ScoreContext
 from purprune.scoring import check_mask, sparsity_at, unit_layout
+from purprune.sharing import Inputs
 from purprune.units import grid_shape, is_entry
 from purprune_adapters.distributed import local
 from purprune_adapters.shards import Axis, Processes, Shards, shards_of
@@ -35,6 +36,7 @@ class Task(NamedTuple):
     block: tuple[int, ...]
     sparsity: Fraction
     prev: Tensor | None
+    floor: Tensor | None
     shards: Shards | None
     """None: the weight is whole."""
     crosses: bool
@@ -49,6 +51,12 @@ class Task(NamedTuple):
     def held(self) -> Tensor:
         """What this process holds of the weight."""
         return local(self.weight.detach())
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """What this process holds of the masks that are given, by what they are called."""
+        masks = {"prev": self.prev, "floor": self.floor}
+        return {what: mask for what, mask in masks.items() if mask is not None}
 
     @property
     def is_global(self) -> bool:
@@ -81,7 +89,7 @@ class Task(NamedTuple):
         first = (0,) * len(self.grid) if self.shards is None else self.shards.offset
         return grid_shape(self.block, first)
 
-    def given(self, score: GivenScore) -> Rule:
+    def with_scores(self, score: GivenScore) -> Rule:
         """Return the rule with scores that are there; magnitudes need none."""
         magnitude = isinstance(self.rule.score, Magnitude)
         return self.rule if magnitude else replace(self.rule, score=score)
@@ -91,25 +99,27 @@ class Task(NamedTuple):
         return mask if self.shards is None else self.shards.share(mask, self.weight)
 
 
-def task_of(
-    name: str, weight: Tensor, rule: Rule, step: int, prev: Tensor | None, grad: Tensor | None
-) -> Task:
+def task_of(name: str, rule: Rule, inputs: Inputs) -> Task:
     """Check everything that all processes see alike, so that all of them raise or none."""
+    weight, grad = inputs.params[name], inputs.grads.get(name)
+    prev, floor = inputs.prev.get(name), inputs.floor.get(name)
     block, layout = unit_layout(name, rule, weight.shape)
     shards = shards_of(name, weight) if isinstance(weight, DTensor) else None
-    for what, given in ((f"the mask prev[{name!r}]", prev), (f"the gradient of {name!r}", grad)):
-        _refuse_other_shards(what, given, shards)
-    if prev is not None:
-        check_mask(name, prev, weight)
+    _refuse_other_shards(f"the gradient of {name!r}", grad, shards)
+    for what, mask in (("prev", prev), ("floor", floor)):
+        _refuse_other_shards(f"the mask {what}[{name!r}]", mask, shards)
+        if mask is not None:
+            check_mask(name, mask, weight)
     if shards is not None and any(axis.cuts for axis in shards.axes):
         _refuse_wide_score(name, rule)
     return Task(
-        ScoreContext(name, step, None if grad is None else local(grad)),
+        ScoreContext(name, inputs.step, None if grad is None else local(grad)),
         weight,
         rule,
         block,
-        sparsity_at(name, rule, step),
+        sparsity_at(name, rule, inputs.step),
         None if prev is None else local(prev),
+        None if floor is None else local(floor),
         shards,
         shards is not None and _crosses(name, block, layout, shards.axes),
     )
@@ -147,7 +157,7 @@ def _crosses(name: str, block: Sequence[int], layout: Layout, axes: Sequence[Axi
                 f"(shard_placement_fn of fully_shard), or choose units that fit."
             )
     columns = [dim for dim in layout.order[layout.lead :] if axes[dim].cuts]
-    if not columns or (layout.lead == 0 and layout.size is None):
+    if not columns or layout.is_whole:
         return bool(columns)
     for dim in columns:
         whole = None if layout.size is None else layout.size * block[dim]

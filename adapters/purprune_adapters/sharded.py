@@ -42,6 +42,7 @@ def sharded_masks(
     cfg: PruneConfig | Rule | Mapping[str, Any],
     *,
     prev: Mapping[str, Tensor] | None = None,
+    floor: Mapping[str, Tensor] | None = None,
     grads: Mapping[str, Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """Return the masks of ``compute_masks`` for the whole weights, in the shards of the weights.
@@ -55,6 +56,7 @@ def sharded_masks(
         step: the optimizer step, from 0.
         cfg: a :class:`purprune.PruneConfig`, a :class:`purprune.Rule` for everything, or a dict.
         prev: masks so far, in the shards of the weights.
+        floor: masks that hold at every step, in the shards of the weights.
         grads: gradients by name, in the shards of the weights.
 
     Returns:
@@ -68,11 +70,8 @@ def sharded_masks(
     check_params(params)
     step = check_step(step)
     rules = select(as_config(cfg), params).rules
-    before, gradients = dict(prev or {}), dict(grads or {})
-    tasks = [
-        task_of(name, params[name], rule, step, before.get(name), gradients.get(name))
-        for name, rule in rules.items()
-    ]
+    inputs = Inputs(params, step, dict(prev or {}), dict(floor or {}), dict(grads or {}))
+    tasks = [task_of(name, rule, inputs) for name, rule in rules.items()]
     single = [task for task in tasks if not task.is_counted]
     counts = _counts([task for task in tasks if task.is_counted])
     for sharing in counts:
@@ -114,8 +113,8 @@ def _ready(tasks: Sequence[Task], params: Mapping[str, Tensor]) -> dict[str, Ten
 
 def _nan_counts(task: Task, scores: dict[str, Tensor]) -> tuple[int, int]:
     """Count NaN in a weight and in its scores, which are added to ``scores``."""
-    if task.prev is not None:
-        kept_units(task.prev, task.block, task.held, task.name)
+    for what, mask in task.given.items():
+        kept_units(what, mask, task.block, task.held, task.name)
     bad = _nan(task.held)
     if task.sparsity == 0 or isinstance(task.rule.score, Magnitude):
         return bad, 0
@@ -150,8 +149,8 @@ def _alone(task: Task, given: GivenScore) -> Tensor:
     return compute_masks(
         {task.name: task.held},
         task.context.step,
-        PruneConfig(module_name_configs={task.name: task.given(given)}),
-        prev=None if task.prev is None else {task.name: task.prev},
+        PruneConfig(module_name_configs={task.name: task.with_scores(given)}),
+        **{what: {task.name: mask} for what, mask in task.given.items()},
     )[task.name]
 
 
@@ -202,12 +201,15 @@ def _processes(tasks: Sequence[Task]) -> Processes | None:
 def _group(tasks: Sequence[Task], given: GivenScore) -> Group:
     """Return the units of tensors that share a count, of which this process has some."""
     held = {task.name: task.held for task in tasks}
-    rule = tasks[0].given(given)
+    rule = tasks[0].with_scores(given)
     rule = replace(rule, pattern=replace(rule.pattern, group=GlobalGroup()))
-    before = {task.name: task.prev for task in tasks if task.prev is not None}
+    prev, floor = (
+        {task.name: task.given[what] for task in tasks if what in task.given}
+        for what in ("prev", "floor")
+    )
     (shared,) = shared_groups(dict.fromkeys(held, rule), held)
     # Squares of less than float64 need no scale.
-    own = group_of(shared, Inputs(held, tasks[0].context.step, before, {}), scale=0)
+    own = group_of(shared, Inputs(held, tasks[0].context.step, prev, floor, {}), scale=0)
     parts = [
         part._replace(shape=task.grid, offset=task.first_unit)
         for part, task in zip(own.parts, tasks, strict=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from purprune import PruneConfig, Rule
 from purprune.config import as_config
-from purprune_adapters.checkpoint import pack_state
+from purprune_adapters.checkpoint import Held, pack_state
 from purprune_adapters.hooks import MaskHook
 from purprune_adapters.pruner import Pruner
 
@@ -71,7 +71,8 @@ class PrunedTraining:
         """Return the pruner's state, of a finalized one too; empty before the first training."""
         if self._pruner is None:
             return {}
-        return pack_state(self._pruner.step_count, self._pruner.masks, self._pruner.config)
+        held = Held(self._pruner.step_count, self._pruner.masks, {})
+        return pack_state(held, self.config, prepared=True, packed=False)
 
     def refuse_unfit_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Raise unless the state is whole and its masks are those of the model's zeros."""

@@ -339,6 +339,50 @@ def test_a_state_goes_on_in_the_same_shards_and_damage_is_found_in_all_processes
         Pruner(Transformer(), CONFIG).load_state_dict(state)
 
 
+@on_ranks(2)
+def test_masks_that_hold_are_kept_in_shards_and_come_back_with_the_state():
+    """Defends masks= and keep_zeros in shards: the fold with a floor, before and after resume."""
+    plain = Transformer()
+    given = compute_masks(dict(plain.named_parameters()), 0, Rule(0.5, score=Random(4)))
+    given = {name: given[name] for name in ("head.weight", "layers.0.linear2.weight")}
+    for name, mask in given.items():
+        plain.get_parameter(name).data.mul_(mask)
+    rule = Rule(0.9, SCHEDULE, score=Random(5))
+    model = shard_(copy.deepcopy(plain))
+    pruner, early = Pruner(model, rule, masks=given), Pruner(plain, rule, masks=given)
+    zeros = Pruner(shard_(copy.deepcopy(plain)), rule, keep_zeros=True)
+    shard_(plain)
+    for one in (pruner, early, zeros):
+        one.prepare(inplace=True)
+        masks: dict[str, Tensor] = {}
+        for step in range(6):
+            if step:
+                one.step()
+            weights = whole({name: one.model.get_parameter(name) for name in one.masks})
+            config = one.resolved_config
+            masks = compute_masks(weights, step, config, prev=masks, floor=given)
+            found = whole(dict(one.masks))
+            assert all(torch.equal(found[name], mask) for name, mask in masks.items()), step
+    state = pruner.state_dict()
+    with pytest.raises(ValueError, match="packed=False for masks in shards"):
+        pruner.state_dict(packed=True)
+    resumed = Pruner(sharded(), rule, keep_zeros=True)
+    shapes = resumed.state_dict()["floor"]
+    assert {name: mask.shape for name, mask in shapes.items()} == {
+        name: mask.shape for name, mask in zeros.state_dict()["floor"].items()
+    }
+    resumed.load_state_dict(state)
+    resumed.prepare(inplace=True)
+    found = whole(dict(resumed.state_dict()["floor"]))
+    assert all(torch.equal(found[name], mask) for name, mask in given.items())
+    if dist.get_rank() == 0:
+        mask, floor = (state[part]["head.weight"].to_local() for part in ("masks", "floor"))
+        mask[~floor] = True
+    says = "prune what floor" if dist.get_rank() == 0 else "fits in every process"
+    with pytest.raises(ValueError, match=says):
+        resumed.load_state_dict(state)
+
+
 def test_a_model_in_one_process_imports_nothing_of_shards():
     """Defends the border: what is for shards is imported for shards."""
     code = """

@@ -72,6 +72,25 @@ def test_law_10_a_resumed_run_ends_with_the_same_bits_and_damage_is_refused():
         Pruner(network(), RULE).load_state_dict(state)
 
 
+def test_masks_that_hold_are_kept_by_a_global_rule_and_come_back_with_the_state():
+    """Defends masks= in one group: the larger of the group's count and theirs, at every step."""
+    model = network()
+    floor = {"0.weight": torch.arange(30).view(5, 6) % 3 > 0}  # 10 of 45 go
+    pruner = Pruner(model, RULE, masks=floor)
+    pruner.prepare(inplace=True)
+    counts = []
+    for _ in range(4):
+        counts.append(sum(int((~mask).sum()) for mask in pruner.masks.values()))
+        assert not bool((pruner.masks["0.weight"] & ~floor["0.weight"]).any())
+        train(model, pruner, 1)
+    assert counts == [10, 10, 10, 31]  # alone the schedule prunes 0, 0, 0, 31
+    resumed = Pruner(network(), RULE)
+    resumed.load_state_dict(pruner.state_dict(packed=True))
+    resumed.prepare(inplace=True)
+    assert torch.equal(resumed.state_dict()["floor"]["0.weight"], floor["0.weight"])
+    assert all(torch.equal(resumed.masks[name], mask) for name, mask in pruner.masks.items())
+
+
 def test_the_report_says_that_the_target_is_of_all_tensors_together():
     """Defends against a tensor that seems to miss its target."""
     model = network()

@@ -315,7 +315,7 @@ def test_a_training_with_a_fused_optimizer_is_seen(fused: bool):
 def test_lifecycle_mistakes_get_a_clear_word():
     """Defends the order of calls."""
     pruner = Pruner(net(), Rule(0.8, PolynomialDecay([0, 10])))
-    for call in (pruner.step, pruner.finalize, pruner.state_dict):
+    for call in (pruner.step, pruner.finalize):
         with pytest.raises(RuntimeError, match=r"call pruner.prepare\(\) first"):
             call()
     pruner.prepare()
@@ -371,42 +371,6 @@ def test_the_report_counts_zeros_now_and_says_what_is_dense():
     assert report.skipped["3.bias"] == "the global rule is not for 'bias' of Linear"
     assert "3.weight" in str(report)
     assert report.as_dict()["parameters"]["0.weight"]["zeros"] == 18
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda s: s.pop("step"), "keys format, step, config, masks"),
-        (lambda s: s.update(format=9), "format 1"),
-        (lambda s: s.update(step=-1), "step >= 0"),
-        (lambda s: s["masks"].pop("3.weight"), r"missing \['3.weight'\]"),
-        (lambda s: s["masks"].update(x=torch.ones(1)), r"not in it \['x'\]"),
-        (lambda s: s["masks"].update({"3.weight": torch.ones(3, 64)}), "bool mask for '3.weight'"),
-        (lambda s: s["masks"].update({"3.weight": torch.ones(2, 2).bool()}), r"shape \(3, 64\)"),
-        (lambda s: s.update(config="{"), "config of the pruner state"),
-        (lambda s: s.update(masks=None), "masks by name; got NoneType"),
-        (lambda s: s["masks"]["3.weight"].fill_(True), r"96 of 192 units .* prune 0"),
-    ],
-)
-def test_a_state_that_does_not_fit_raises_and_changes_nothing(change, says):
-    """Defends against resuming from a damaged checkpoint."""
-    pruner = Pruner(net(), Rule(0.5))
-    pruner.prepare(inplace=True)
-    state = pruner.state_dict()
-    change(state)
-    before = {k: v.clone() for k, v in pruner.masks.items()}
-    with pytest.raises(ValueError, match=says):
-        pruner.load_state_dict(state)
-    assert pruner.step_count == 0
-    assert all(torch.equal(before[k], v) for k, v in pruner.masks.items())
-
-
-def test_a_state_of_another_config_raises_and_names_the_difference():
-    """Defends against a schedule that goes on from another one's step."""
-    saved = Pruner(net(), Rule(0.5))
-    saved.prepare()
-    with pytest.raises(ValueError, match=r"config.global_config.target_sparsity \(0.5, 0.6\)"):
-        Pruner(net(), Rule(0.6)).load_state_dict(saved.state_dict())
 
 
 class Custom(nn.Module):

@@ -86,7 +86,10 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def fold(masks_at: Callable[..., dict[str, Tensor]], given: Any, rule: Rule) -> list[Tensor]:
-    """Return the masks of a sparsity that grows, falls, and ends at the rule's own."""
+    """Return the masks of a sparsity that grows, falls, and ends at the rule's own.
+
+    Then once more, with the masks of the lowest sparsity as a floor.
+    """
     ends = (0.3, 0.7, 0.2) if rule.pattern.target is None and rule.target not in (0, 1) else ()
     prev = None
     masks = []
@@ -94,6 +97,10 @@ def fold(masks_at: Callable[..., dict[str, Tensor]], given: Any, rule: Rule) -> 
         now = rule if sparsity is None else Rule(sparsity, pattern=rule.pattern, score=rule.score)
         prev = masks_at(given[0], 3, now, prev=prev, grads=given[1])
         masks.append(prev["w"])
+    floor = {"w": masks[0]}
+    masks.append(masks_at(given[0], 3, rule, prev=prev, grads=given[1], floor=floor)["w"])
+    low = rule if not ends else Rule(0.1, pattern=rule.pattern, score=rule.score)
+    masks.append(masks_at(given[0], 3, low, prev=prev, grads=given[1], floor=floor)["w"])
     return masks
 
 
@@ -183,6 +190,12 @@ def test_a_global_group_of_shards_prunes_what_it_prunes_of_the_whole():
             for n, mask in prev.items():
                 assert isinstance(mask, DTensor)
                 assert torch.equal(mask.full_tensor(), expected[n]), (name, n, sparsity)
+        for sparsity in (0.6, 0.2):  # with what is pruned now as a floor of half of the tensors
+            now = Rule(sparsity, pattern=rule.pattern, score=rule.score)
+            held = [*whole][::2]
+            got = sharded_masks(here, 2, now, floor={n: prev[n] for n in held}, grads=grads_here)
+            exact = compute_masks(whole, 2, now, floor={n: expected[n] for n in held}, grads=grads)
+            assert all(torch.equal(got[n].full_tensor(), exact[n]) for n in exact), (name, sparsity)
     mixed = {**here, "w1": distribute_tensor(whole["w1"], mesh, [Replicate()])}
     with pytest.raises(ConfigError, match=r"global group.*'w0' and 'w1' are not"):
         sharded_masks(mixed, 0, rules["entries"])
