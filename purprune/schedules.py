@@ -132,7 +132,8 @@ class Ramp:
 
     def between(self, step: int, initial: Fraction, target: Fraction) -> Fraction:
         """Return the exact sparsity in force at ``step`` on the way from initial to target."""
-        return target + (initial - target) * self.remaining(step)
+        remaining = self.remaining(step)
+        return target + (initial - target) * remaining if remaining else target
 
     def __call__(
         self, step: int, initial_sparsity: float = 0.0, target_sparsity: float = 1.0

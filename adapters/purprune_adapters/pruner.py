@@ -217,11 +217,11 @@ class Pruner:
             NaNError: a weight holds NaN; step and masks stay as they were.
         """
         require_prepared("step", self._phase)
+        self._activity.count(self._params())  # its warning may be an error: nothing is changed yet
         step = self._step + 1
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:
             self._renew(self._targets.masks_at(step, due, self._store.masks, self._floor))
-        self._activity.count(self._params())
         self._step = step
         # An attached optimizer left everything masked; what nobody wrote to since is not read.
         self._apply(only_changed=self._keeper is not None)
