@@ -152,6 +152,25 @@ def test_a_state_that_is_loaded_is_looked_at_again(written):
     assert weight_passes(written, model) == 4
 
 
+def test_a_closure_may_write_to_weights(written):
+    """Defends zeros after a closure that changes the weights behind its forward pass."""
+    model, made, pruner = make(KEEPING["sgd"])
+
+    def closure():
+        made.zero_grad()
+        loss = model(torch.ones(2, 6)).square().sum()
+        loss.backward()
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        return loss
+
+    made.step(closure)
+    pruner.step()
+    made.step(closure=closure)
+    pruned = model[0].weight.detach()[~pruner.masks["0.weight"]]
+    assert torch.equal(pruned, torch.zeros_like(pruned))
+
+
 def test_weights_written_before_the_step_are_masked_after_it(written):
     """Defends against weights that were changed between forward pass and optimizer step."""
     model, made, pruner = make(KEEPING["sgd"])
