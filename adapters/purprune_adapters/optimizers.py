@@ -10,7 +10,8 @@ gradient and state alone, and that function is 0 where all three are 0:
 
 So an entry that is 0 before a step is 0 after it, when its gradient was masked and not touched
 since, and its state is 0. Each of these is checked at every step; where one of them does not hold,
-or the optimizer is another one or has a closure, the zeros are written. A pass over the weights is saved.
+or the optimizer is another one or is given a closure, the zeros are written. A pass over the
+weights is saved.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class ZeroKeeper:
     @_disable_dynamo
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._sure = set()
-        if any(argument is not None for argument in (*args, *kwargs.values())):
+        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
             return  # a closure may do to weights what it likes
         params = self._params()
         names = {id(param): name for name, param in params.items()}
