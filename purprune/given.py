@@ -35,6 +35,7 @@ def infer_masks(
 
     Raises:
         SelectionError: a name is not in ``params``.
+        TypeError: ``names`` is a text.
         ConfigError: a tensor has no data, or is sparse in its layout.
 
     >>> infer_masks({"w": torch.tensor([[0.5, 0.0], [-0.0, 2.0]]), "b": torch.zeros(2)})
@@ -42,6 +43,8 @@ def infer_masks(
             [False,  True]])}
     """
     check_params(params)
+    if isinstance(names, str):
+        raise TypeError(f"Expected names as a list; got the text {names!r}. Pass [{names!r}].")
     if names is not None:
         return {name: _nonzero(name, _found(name, params)) for name in names}
     found = {

@@ -24,6 +24,7 @@ from purprune.scoring import (
     norm_of,
     ranks_absolute,
     raw_scores,
+    refuse_parts,
     sparsity_at,
     unit_layout,
 )
@@ -218,6 +219,9 @@ def sparsity(masks: Mapping[str, Tensor]) -> Sparsity:
     >>> counted.zeros, counted.entries, float(counted), str(counted.tensors["w"])
     (3, 4, 0.75, '3 of 4 (75.00 %)')
     """
+    for name, mask in masks.items():
+        check_mask(name, mask, mask)
+        refuse_parts(name, mask)
     tensors = {
         name: Count(mask.numel() - int(torch.count_nonzero(mask)), mask.numel())
         for name, mask in masks.items()

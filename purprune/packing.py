@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from purprune.scoring import refuse_parts
+
 _CHUNK = 1 << 20
 _BITS, _SHAPE = ".bits", ".shape"
 
@@ -37,6 +39,7 @@ def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"Expected a bool mask for {name!r}; got {got}. True = keep.")
+        refuse_parts(name, mask)
         packed[name + _BITS] = _packed(mask)
         packed[name + _SHAPE] = torch.tensor(mask.shape, dtype=torch.int64)
     return packed

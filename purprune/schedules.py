@@ -254,7 +254,7 @@ def _kind_of_schedule(schedule: Any) -> str | None:
         return "constant" if set(schedule) <= {"begin_step"} else "polynomial"
     if isinstance(schedule, ConstantSparsity | PolynomialDecay):
         return schedule.kind
-    return "callable" if callable(schedule) else None
+    return "callable" if callable(schedule) and not isinstance(schedule, type) else None
 
 
 def callable_as_plain(function: Any) -> dict[str, str]:

@@ -38,7 +38,8 @@ class ScoreContext:
             raise ValueError(
                 f"The score of {self.name!r} needs a gradient; got none. Pass "
                 f"grads={{name: gradient}} to compute_masks, or call Pruner.step() after "
-                f"loss.backward() and before zero_grad()."
+                f"loss.backward() and before zero_grad(); at step 0 there is none yet, so let the "
+                f"schedule begin later: ConstantSparsity(begin_step=1)."
             )
         return self.gradient
 
@@ -133,7 +134,8 @@ def _kind_of_score(score: Any) -> str | None:
         return str(score.get("kind"))
     if isinstance(score, Magnitude | Taylor | Random):
         return score.kind
-    return "callable" if callable(score) else None
+    # A class would be called as a score: its instance is meant.
+    return "callable" if callable(score) and not isinstance(score, type) else None
 
 
 Score = Annotated[

@@ -12,6 +12,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from purprune.config import Rule
 from purprune.errors import ConfigError
@@ -61,6 +62,16 @@ def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ..
         return block, rule.pattern.group.layout(grid_shape(block, shape))
     except ConfigError as error:
         raise ConfigError(f"{name!r}: {error}") from None
+
+
+def refuse_parts(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor of which this process may hold a part, as a DTensor."""
+    if is_traceable_wrapper_subclass(tensor):
+        raise TypeError(
+            f"Expected a plain tensor for {name!r}; got a {type(tensor).__name__}. A Pruner and "
+            f"purprune_adapters.sharded.sharded_masks make masks of shards, Pruner.report() counts "
+            f"them, and .full_tensor() makes a plain one."
+        )
 
 
 def readable(name: str, weight: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from purprune.scoring import (
     ranks_absolute,
     raw_scores,
     readable,
+    refuse_parts,
     sparsity_at,
     unit_layout,
 )
@@ -53,6 +54,7 @@ class Inputs(NamedTuple):
 
     def weight(self, name: str) -> Tensor:
         """Return a parameter's values."""
+        refuse_parts(name, self.params[name])
         return readable(name, self.params[name])
 
     def context(self, name: str) -> ScoreContext:

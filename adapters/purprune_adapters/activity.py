@@ -17,6 +17,15 @@ _SKIPPED = 16
 _ROWS = 16
 
 
+def untrained(calls: int) -> str:
+    """Return the warning of a pruner that steps beside a training of something else."""
+    return (
+        f"step() was called {calls} times, but no pruned weight ever changed in between. Is the "
+        f"optimizer made from the parameters of the model that prepare() returned? It is a copy "
+        f"unless inplace=True."
+    )
+
+
 class Activity:
     """Counts the calls of step() before which a parameter was written to, and all others.
 
@@ -40,12 +49,15 @@ class Activity:
         """Remember the parameters as step() leaves them."""
         self._left = _versions(params)
 
-    def count(self, params: Mapping[str, Tensor]) -> None:
-        """Count one call of step(), and warn once when most of them find nothing new."""
+    def count(self, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+        """Count one call of step(), and warn once when all or most of them find nothing new."""
         if _versions(params) != self._left:
             self.moved += 1
             return
         self.still += 1
+        if self.still == _SKIPPED + 1 and not self._warned and not self.trained(params, masks):
+            self._warned = True
+            warnings.warn(untrained(self.still), stacklevel=5)
         # One change alone may be weights that were loaded, before a fused optimizer goes on.
         if self.still > _SKIPPED and self.still >= self.moved > 1 and not self._warned:
             self._warned = True

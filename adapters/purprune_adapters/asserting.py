@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from purprune.errors import near_misses
-from purprune.scoring import check_mask
+from purprune.scoring import check_mask, refuse_parts
 from purprune.selection import check_params
 
 
@@ -45,6 +45,7 @@ def assert_sparse(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, T
                 f"Expected masks of known parameters; got {name!r}.{near_misses(name, params)}"
             )
         check_mask(name, mask, params[name])
+        refuse_parts(name, params[name])
         pruned = params[name].detach()[~mask.to(params[name].device)]
         if wrong := int((pruned.float() != 0).sum()):
             found.append(f"{wrong:,} of {pruned.numel():,} not zero in {name!r}")

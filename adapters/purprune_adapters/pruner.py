@@ -217,7 +217,8 @@ class Pruner:
             NaNError: a weight holds NaN; step and masks stay as they were.
         """
         require_prepared("step", self._phase)
-        self._activity.count(self._params())  # its warning may be an error: nothing is changed yet
+        # Its warning may be an error: nothing is changed yet.
+        self._activity.count(self._params(), self._store.masks)
         step = self._step + 1
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:
