@@ -77,11 +77,15 @@ def _layers(net: nn.Module) -> list[nn.Module]:
     return [m for m in net.modules() if type(m) in kinds]
 
 
-def with_pruner(attach: bool) -> Callable[[nn.Module, Any], Callable[[], None]]:
+def with_pruner(
+    attach: bool, trust: bool = False
+) -> Callable[[nn.Module, Any], Callable[[], None]]:
     """Our pruner, with or without the optimizer."""
 
     def prepare(net: nn.Module, optimizer: Any) -> Callable[[], None]:
-        pruner = Pruner(net, Rule(SPARSITY), optimizer=optimizer if attach else None)
+        pruner = Pruner(
+            net, Rule(SPARSITY), optimizer=optimizer if attach else None, trust_optimizer=trust
+        )
         pruner.prepare(inplace=True)
         return pruner.step
 
@@ -118,8 +122,8 @@ def with_parametrize(net: nn.Module, optimizer: Any) -> Callable[[], None]:
 CONTENDERS: dict[str, Callable[[nn.Module, Any], Callable[[], None]]] = {
     "dense": lambda net, optimizer: lambda: None,
     "dense, again": lambda net, optimizer: lambda: None,
-    "purprune": with_pruner(attach=False),
-    "purprune, optimizer attached": with_pruner(attach=True),
+    "purprune": with_pruner(trust=False),
+    "purprune, trust_optimizer": with_pruner(trust=True),
     "coremltools": with_coremltools,
     "torch.nn.utils.prune": with_torch_prune,
     "parametrize, float mask": with_parametrize,

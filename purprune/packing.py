@@ -53,7 +53,8 @@ def unpack_masks(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     masks: dict[str, Tensor] = {}
     for key in packed:
-        name = key.removesuffix(_BITS).removesuffix(_SHAPE) if isinstance(key, str) else key
+        ends = (_BITS, _SHAPE) if isinstance(key, str) else ()
+        name = next((key.removesuffix(end) for end in ends if key.endswith(end)), key)
         if name == key or not {name + _BITS, name + _SHAPE} <= set(packed):
             raise ValueError(
                 f"Expected packed masks, a pair '<name>.bits' and '<name>.shape' for each; got "

@@ -119,11 +119,16 @@ def _as_integers(scores: Tensor) -> tuple[Tensor, int | None]:
     if scores.is_floating_point():
         scores = scores if scores.dtype in _BITS else scores.float()
         return scores.view(_BITS[scores.dtype]), _INFINITY[scores.dtype]
+    refuse_extremes(scores)
+    return scores.to(torch.int64), None
+
+
+def refuse_extremes(scores: Tensor) -> None:
+    """Raise when a score is an integer that keys need for themselves."""
     if scores.dtype == torch.int64:
         info = torch.iinfo(torch.int64)
         if bool(((scores == info.min) | (scores == info.max)).any()):
             raise ValueError("Expected int64 scores within +-(2**63 - 2); got an extreme value.")
-    return scores.to(torch.int64), None
 
 
 def _by_selecting(

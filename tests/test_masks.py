@@ -27,6 +27,7 @@ from purprune import (
     Taylor,
     apply_masks,
     compute_masks,
+    pack_masks,
     plan,
     sparsity,
 )
@@ -253,3 +254,19 @@ for path in pathlib.Path(purprune.__file__).parent.glob("*.py"):
 def test_importing_stays_within_the_borders_of_the_house():
     """Defends a light import: extras and adapters come when they are used."""
     subprocess.run([sys.executable, "-c", BORDER], check=True, env=os.environ.copy())
+
+
+def test_a_tensor_of_which_a_part_is_here_is_refused():
+    """Defends counts and masks against shards, whose local entries would be taken for all."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    weight = torch.ones(2, 2)
+    with pytest.raises(TypeError, match="plain tensor for 'w'; got a TwoTensor"):
+        sparsity({"w": TwoTensor(mask, mask)})
+    with pytest.raises(TypeError, match="plain tensor for 'w'"):
+        pack_masks({"w": TwoTensor(mask, mask)})
+    with pytest.raises(TypeError, match="plain tensor for 'w'"):
+        compute_masks({"w": TwoTensor(weight, weight)}, 0, Rule(0.5))
+    with pytest.raises(TypeError, match="Expected a bool mask"):
+        sparsity({"w": weight})

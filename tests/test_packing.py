@@ -125,3 +125,12 @@ def test_only_bool_tensors_are_packed(mask: object):
     """Defends weights that are passed for masks."""
     with pytest.raises(TypeError, match="Expected a bool mask for 'w'; got"):
         pack_masks({"w": mask})
+
+
+@pytest.mark.parametrize("name", ["m.shape", "m.bits", "bits.shape", "m.shape.bits", ".bits"])
+def test_names_that_end_like_a_key_come_back(name):
+    """Defends the round trip of parameters that are called shape or bits."""
+    masks = {name: torch.tensor([True, False]), "w": torch.tensor([[False]])}
+    back = unpack_masks(pack_masks(masks))
+    assert set(back) == set(masks)
+    assert all(torch.equal(back[key], masks[key]) for key in masks)

@@ -38,6 +38,7 @@ class Activity:
         self.still = 0
         self._left: dict[str, tuple[int, ...]] = {}
         self._rows: dict[str, Tensor] = {}
+        self._probe: dict[str, Tensor] = {}
         self._warned = False
 
     def start(self, params: Mapping[str, Tensor]) -> None:
@@ -51,29 +52,37 @@ class Activity:
 
     def count(self, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
         """Count one call of step(), and warn once when all or most of them find nothing new."""
-        if _versions(params) != self._left:
-            self.moved += 1
+        moved = _versions(params) != self._left
+        self.moved, self.still = self.moved + moved, self.still + (not moved)
+        if self._warned or self.still <= _SKIPPED or self.still < self.moved:
             return
-        self.still += 1
-        if self.still == _SKIPPED + 1 and not self._warned and not self.trained(params, masks):
-            self._warned = True
-            warnings.warn(untrained(self.still), stacklevel=5)
-        # One change alone may be weights that were loaded, before a fused optimizer goes on.
-        if self.still > _SKIPPED and self.still >= self.moved > 1 and not self._warned:
-            self._warned = True
+        before = self._probe  # fused optimizers move rows, but no version
+        self._probe = {name: _rows(param).clone() for name, param in params.items()}
+        if moved or not before or _differ(params, before, masks):
+            return
+        self._warned = True
+        calls = self.moved + self.still
+        if not self.trained(params, masks):
+            warnings.warn(untrained(calls), stacklevel=5)
+        else:
             warnings.warn(
-                f"step() was called {self.moved + self.still} times, but the pruned weights had "
-                f"changed before {self.moved} of these calls only. Call it once after each "
-                f"optimizer.step(), not after each batch: it moves the schedule on.",
+                f"step() was called {calls} times, but before most of these calls no pruned weight "
+                f"had changed. Call it once after each optimizer.step(), not after each batch: it "
+                f"moves the schedule on.",
                 stacklevel=5,  # over step() and the two frames that keep it out of graphs
             )
 
     def trained(self, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> bool:
         """Tell whether a weight that is kept ever changed."""
-        return self.moved > 0 or any(
-            not _same(_rows(params[name]), rows, _rows(masks[name]))
-            for name, rows in self._rows.items()
-        )
+        return self.moved > 0 or _differ(params, self._rows, masks)
+
+
+def _differ(
+    params: Mapping[str, Tensor], before: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+) -> bool:
+    return any(
+        not _same(_rows(params[name]), rows, _rows(masks[name])) for name, rows in before.items()
+    )
 
 
 def _versions(params: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

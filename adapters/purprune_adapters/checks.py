@@ -11,9 +11,20 @@ from torch import Tensor, nn
 
 from purprune import Rule, SelectionError
 from purprune.ranking import nan_error
+from purprune_adapters.activity import untrained
 from purprune_adapters.distributed import counted, fsdp_modules
 from purprune_adapters.hooks import MaskHook
 from purprune_adapters.wrappers import unwrapped
+
+
+def refuse_options_without(optimizer: torch.optim.Optimizer | None, **options: bool) -> None:
+    """Raise when an option that is about an optimizer is set, and there is none."""
+    for name, is_set in options.items():
+        if is_set and optimizer is None:
+            raise ValueError(
+                f"Expected optimizer=... with {name}=True; got None. Pass the optimizer that "
+                f"trains the model."
+            )
 
 
 def refuse_unfit_parameters(
@@ -121,12 +132,7 @@ def refuse_finalized(call: str, phase: str) -> None:
 def warn_unless_over(rules: Mapping[str, Rule], step: int, trained: bool) -> None:
     """Warn the caller of finalize() when nothing trained, or the schedules are not over."""
     if step > 1 and not trained:  # one step alone prunes once, without training
-        warnings.warn(
-            f"step() was called {step} times, but no pruned weight ever changed in between. Is "
-            f"the optimizer made from the parameters of the model that prepare() returned? It is "
-            f"a copy unless inplace=True.",
-            stacklevel=3,
-        )
+        warnings.warn(untrained(step), stacklevel=3)
     early = [
         f"{name} at {float(rule.sparsity_at(step)):.4g} of {float(rule.target):.4g}"
         for name, rule in rules.items()

@@ -107,6 +107,8 @@ class MaskStore:
         if not self.mask_gradients or (known is not None and known[0]() is param):
             return
         if param.requires_grad and param.is_leaf:
+            if known is not None:
+                known[1].remove()
             hook = GradientHook(self, name)
             handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._hooked[name] = (weakref.ref(param), handle)

@@ -10,8 +10,11 @@ gradient and state alone, and that function is 0 where all three are 0:
 
 So an entry that is 0 before a step is 0 after it, when its gradient was masked and not touched
 since, and its state is 0. Each of these is checked at every step; where one of them does not hold,
-or the optimizer is another one or is given a closure, the zeros are written. A pass over the
-weights is saved.
+or the optimizer is another one, is given a closure or has hooks of others, the zeros are written. A
+pass over the weights is saved.
+
+What torch does not count is not seen: writes through ``.data``, and those of fused optimizers to
+weights that this one holds too. So the proof is relied on only where that was asked for.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from purprune_adapters.distributed import local
 from purprune_adapters.hooks import MaskStore, Seen, write_zeros_
@@ -59,17 +63,27 @@ class ZeroKeeper:
         params: Callable[[], Mapping[str, Tensor]],
         *,
         mask_state: bool,
+        trust: bool,
     ) -> None:
-        """Hook the optimizer; ``params`` looks the pruned parameters up by name."""
+        """Take what :meth:`attach` needs; ``params`` looks the pruned parameters up by name."""
         self._optimizer, self._store, self._params = optimizer, store, params
-        self._mask_state = mask_state
+        self._mask_state, self._trust = mask_state, trust
+        self.has_stepped = False
+        """Whether the optimizer stepped since :meth:`forget_step`."""
         self._state_seen: dict[str, list[Seen]] = {}  # known to be zero where pruned
         self._state_moves: set[str] = set()  # known not to be
         self._sure: set[str] = set()  # that the step in progress leaves zeros
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Hook the optimizer."""
+        if self._trust:
+            self._handles.append(self._optimizer.register_step_pre_hook(self._before))
+        self._handles.append(self._optimizer.register_step_post_hook(self._after))
+
+    def forget_step(self) -> None:
+        """Wait for the next step of the optimizer."""
+        self.has_stepped = False
 
     def masks_changed(self, names: Mapping[str, Any]) -> None:
         """Forget what was known of the state; zero it where pruned, if that was asked for."""
@@ -92,6 +106,8 @@ class ZeroKeeper:
         self._sure = set()
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):
             return  # a closure may do to weights what it likes
+        if self._has_other_hooks():
+            return
         params = self._params()
         names = {id(param): name for name, param in params.items()}
         self._sure = {
@@ -104,8 +120,15 @@ class ZeroKeeper:
             and self._state_is_zero(names[id(param)], param)
         }
 
+    def _has_other_hooks(self) -> bool:
+        """Tell whether somebody else may write between our two hooks."""
+        own = self._optimizer._optimizer_step_pre_hooks, self._optimizer._optimizer_step_post_hooks
+        everywhere = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+        return any(len(hooks) > 1 for hooks in own) or any(everywhere)
+
     @_disable_dynamo
     def _after(self, *_: Any) -> None:
+        self.has_stepped = True
         for name, param in self._params().items():
             if name in self._sure and self._store.has_masked_gradient(name, param):
                 self._store.is_clean_now(name, param)
@@ -116,7 +139,12 @@ class ZeroKeeper:
     def _moments(self, param: Tensor) -> list[Tensor]:
         """Return the state that has an entry for each entry of the parameter."""
         state = self._optimizer.state.get(param, {})
-        return [v for v in state.values() if isinstance(v, Tensor) and v.shape == param.shape]
+        return [
+            value
+            for key, value in state.items()
+            if key != "step" and isinstance(value, Tensor) and value.shape == param.shape
+            if value.layout is torch.strided
+        ]
 
     def _state_is_zero(self, name: str, param: Tensor) -> bool:
         """Tell whether the state is zero where pruned; it is read once after new masks."""

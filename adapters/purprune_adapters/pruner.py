@@ -23,6 +23,7 @@ from purprune_adapters.checks import (
     refuse_copy,
     refuse_finalized,
     refuse_nan,
+    refuse_options_without,
     refuse_two_pruners,
     refuse_unfit_parameters,
     require_prepared,
@@ -62,11 +63,13 @@ class Pruner:
             modules, or a dict.
         optimizer: when given, weights are masked right after each ``optimizer.step()`` too, so
             that nothing sees an entry that momentum moved. It needs ``prepare(inplace=True)``.
-            Where a step provably leaves zeros at zero (SGD, Adam, AdamW, Adagrad and RMSprop with
-            masked gradients and a state that is zero there), they are not written again.
         mask_gradients: False leaves the gradients of pruned entries as they are.
         mask_optimizer_state: True zeroes momentum and the like of pruned entries whenever masks
             change; it needs ``optimizer``.
+        trust_optimizer: True does not write zeros again after a step that provably leaves them:
+            of SGD, Adam, AdamW, Adagrad and RMSprop, where gradients are masked and the state is
+            zero. It saves a pass over the weights, and it needs ``optimizer`` and that nobody
+            writes to weights, gradients or the optimizer's state through ``.data``.
         masks: masks by parameter name that hold at every step, for a model that was pruned
             before. In every group the larger of the schedule's count and theirs is pruned.
         keep_zeros: True takes as ``masks`` the zeros that the pruned parameters have at
@@ -100,6 +103,7 @@ class Pruner:
         optimizer: torch.optim.Optimizer | None = None,
         mask_gradients: bool = True,
         mask_optimizer_state: bool = False,
+        trust_optimizer: bool = False,
         masks: Mapping[str, Tensor] | None = None,
         keep_zeros: bool = False,
     ) -> None:
@@ -110,12 +114,10 @@ class Pruner:
         self._skipped = selection.skipped
         self._targets = Targets(model, selection.rules)
         self._optimizer = optimizer
-        self._mask_state = mask_optimizer_state
-        if mask_optimizer_state and optimizer is None:
-            raise ValueError(
-                "Expected optimizer=... with mask_optimizer_state=True; got None. Pass the "
-                "optimizer whose state is to be masked."
-            )
+        self._mask_state, self._trust = mask_optimizer_state, trust_optimizer
+        refuse_options_without(
+            optimizer, mask_optimizer_state=mask_optimizer_state, trust_optimizer=trust_optimizer
+        )
         if masks is not None and keep_zeros:
             raise ValueError("Expected masks or keep_zeros=True; got both. Give the masks alone.")
         refuse_unfit_parameters(self._params(), optimizer)
@@ -199,10 +201,12 @@ class Pruner:
         if not inplace:
             self._given = copy.deepcopy(self.model)
             self._targets = Targets(self._given, self._rules)
-        self._attach()
+        self._keeper = self._new_keeper()
         self._take(held)
         self._activity.start(self._params())
         add_forward_hooks(self.model, self._store, self._rules)
+        if self._keeper is not None:
+            self._keeper.attach()
         self._phase, self._loaded = "prepared", None
         return self._given
 
@@ -225,7 +229,9 @@ class Pruner:
             self._renew(self._targets.masks_at(step, due, self._store.masks, self._floor))
         self._step = step
         # An attached optimizer left everything masked; what nobody wrote to since is not read.
-        self._apply(only_changed=self._keeper is not None)
+        self._apply(only_changed=self._keeper is not None and self._keeper.has_stepped)
+        if self._keeper is not None:
+            self._keeper.forget_step()
         self._activity.leave(self._params())
 
     def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
@@ -309,8 +315,9 @@ class Pruner:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Attach a copy to the copy of its optimizer."""
         self.__dict__.update(state)
-        if self._phase == "prepared":
-            self._attach()
+        if self._phase == "prepared" and (keeper := self._new_keeper()):
+            self._keeper = keeper
+            keeper.attach()
 
     def __repr__(self) -> str:
         """Return a short description."""
@@ -343,11 +350,11 @@ class Pruner:
         self._renew(held.masks)
         self._apply()
 
-    def _attach(self) -> None:
-        if self._optimizer is not None:
-            self._keeper = ZeroKeeper(
-                self._optimizer, self._store, self._targets.params, mask_state=self._mask_state
-            )
+    def _new_keeper(self) -> ZeroKeeper | None:
+        if self._optimizer is None:
+            return None
+        look_up, masks, trust = self._targets.params, self._mask_state, self._trust
+        return ZeroKeeper(self._optimizer, self._store, look_up, mask_state=masks, trust=trust)
 
     def _apply(self, only_changed: bool = False) -> None:
         apply = self._store.apply_if_changed_ if only_changed else self._store.apply_

@@ -21,7 +21,7 @@ from purprune.config import as_config
 from purprune.counting import Group, alone, count_down, keep
 from purprune.masks import check_step
 from purprune.patterns import GlobalGroup
-from purprune.ranking import count, nan_error
+from purprune.ranking import count, nan_error, refuse_extremes
 from purprune.scores import ScoreContext
 from purprune.scoring import entry_scores, kept_units, readable
 from purprune.selection import check_params, select
@@ -119,6 +119,7 @@ def _nan_counts(task: Task, scores: dict[str, Tensor]) -> tuple[int, int]:
     if task.sparsity == 0 or isinstance(task.rule.score, Magnitude):
         return bad, 0
     found = scores[task.name] = _scores(task)
+    refuse_extremes(found)
     return bad, _nan(found)
 
 

@@ -51,6 +51,7 @@ def make(optimizer, rule=None, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     made = optimizer(model.parameters())
+    options = {"trust_optimizer": True, **options}
     pruner = Pruner(model, rule or Rule(0.7), optimizer=made, **options)
     pruner.prepare(inplace=True)
     return model, made, pruner
@@ -192,7 +193,7 @@ def test_a_pass_or_none_changes_no_bit():
         model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
         made = AdamW(model.parameters(), 0.01)
         rule = Rule(0.9, PolynomialDecay([1, 3]))
-        pruner = Pruner(model, rule, optimizer=made if attached else None)
+        pruner = Pruner(model, rule, optimizer=made if attached else None, trust_optimizer=attached)
         pruner.prepare(inplace=True)
         for step in range(6):
             made.zero_grad()
@@ -205,10 +206,85 @@ def test_a_pass_or_none_changes_no_bit():
         assert torch.equal(one, other)
 
 
-def test_masking_a_state_needs_an_optimizer():
+@pytest.mark.parametrize("option", ["mask_optimizer_state", "trust_optimizer"])
+def test_options_about_an_optimizer_need_one(option):
     """Defends the error of a forgotten optimizer."""
-    with pytest.raises(ValueError, match="with mask_optimizer_state=True"):
-        Pruner(nn.Linear(2, 2), Rule(0.5), mask_optimizer_state=True)
+    with pytest.raises(ValueError, match=f"with {option}=True"):
+        Pruner(nn.Linear(2, 2), Rule(0.5), **{option: True})
+
+
+def _nonzero(model, pruner):
+    return sum(
+        int(torch.count_nonzero(model.get_parameter(name).detach()[~mask]))
+        for name, mask in pruner.masks.items()
+    )
+
+
+@pytest.mark.parametrize("what", ["weight", "gradient", "state"])
+def test_writes_through_data_are_undone_by_an_attached_optimizer(what):
+    """Defends zeros against writes that torch does not count, which only trust would miss."""
+    model, made, pruner = make(KEEPING["adamw"], trust_optimizer=False)
+    train(model, made, pruner, steps=2)
+    model(torch.ones(2, 6)).sum().backward()
+    for param in model.parameters():
+        if what == "weight":
+            param.data.add_(1.0)
+        elif what == "gradient":
+            param.grad.data.add_(1.0)
+        else:
+            made.state[param]["exp_avg"].data.add_(1.0)
+    made.step()
+    pruner.step()
+    assert _nonzero(model, pruner) == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_of_others_on_the_optimizer_prove_nothing(when):
+    """Defends zeros against weights that a step hook of somebody else writes."""
+
+    def disturb(optimizer, args, kwargs):
+        with torch.no_grad():
+            for param in optimizer.param_groups[0]["params"]:
+                param.add_(1.0)
+
+    model, made, pruner = make(KEEPING["sgd"])
+    register = made.register_step_pre_hook if when == "before" else made.register_step_post_hook
+    register(disturb)
+    for _ in range(2):
+        made.zero_grad()
+        model(torch.ones(2, 6)).sum().backward()
+        made.step()
+        pruner.step()
+        assert _nonzero(model, pruner) == 0
+
+
+def test_another_fused_optimizer_may_train_instead_of_the_attached_one():
+    """Defends step() where the optimizer that it was attached to is not the one that trains."""
+    model, _, pruner = make(KEEPING["sgd"])
+    other = Adam(model.parameters(), 0.1, fused=True)
+    for param in model.parameters():  # a state from a training without masks
+        other.state[param] = {
+            "step": torch.tensor(1.0),
+            "exp_avg": torch.ones_like(param),
+            "exp_avg_sq": torch.ones_like(param),
+        }
+    for _ in range(2):
+        other.zero_grad()
+        model(torch.ones(2, 6)).sum().backward()
+        other.step()
+        pruner.step()
+        assert _nonzero(model, pruner) == 0
+
+
+def test_gradient_hooks_do_not_pile_up_on_parameters_that_change_places():
+    """Defends the number of hooks where functional_call lends other parameters."""
+    model, _, _ = make(KEEPING["sgd"])
+    lent = dict(copy.deepcopy(model).named_parameters())
+    for _ in range(5):
+        torch.func.functional_call(model, lent, (torch.ones(2, 6),))
+        model(torch.ones(2, 6))
+    hooks_of = model[0].weight._post_accumulate_grad_hooks
+    assert len(hooks_of) == 1
 
 
 @pytest.mark.parametrize("value", [1.0, -1.0, math.nan, math.inf])
