@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from purprune_adapters.checkpoint import PLAIN, TENSORS
+from purprune_adapters.distributed import is_sharded
 from purprune_adapters.pruner import Pruner
 
 _KEY = "purprune"
@@ -27,13 +29,24 @@ def save_pruner(pruner: Pruner, filename: str | os.PathLike[str]) -> None:
     It goes beside what ``safetensors.torch.save_model(model, ...)`` writes.
 
     Raises:
+        TypeError: the first argument is no Pruner.
+        ValueError: weights are in shards, which torch.distributed.checkpoint saves.
+        OSError: the file can't be written.
         ImportError: safetensors is not installed; names the extra.
     """
-    save_file, _, _ = _safetensors()
+    _refuse_no_pruner("save_pruner", pruner, filename)
+    _refuse_shards(pruner)
+    _refuse_no_folder(Path(filename))
+    save_file, _, broken = _safetensors()
     state = pruner.state_dict(packed=True)
     tensors = {f"{part}.{key}": t for part in TENSORS for key, t in state[part].items()}
     plain = {key: state[key] for key in PLAIN}
-    save_file(tensors, os.fspath(filename), metadata={_KEY: json.dumps(plain)})
+    try:
+        save_file(tensors, os.fspath(filename), metadata={_KEY: json.dumps(plain)})
+    except broken as error:
+        raise OSError(
+            f"Expected a file that can be written at '{os.fspath(filename)}'; got {error}."
+        ) from None
 
 
 def load_pruner(pruner: Pruner, filename: str | os.PathLike[str]) -> None:
@@ -42,8 +55,10 @@ def load_pruner(pruner: Pruner, filename: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the file is damaged, or of another config or other shapes; says what differs,
             and nothing is changed.
+        TypeError: the first argument is no Pruner.
         ImportError: safetensors is not installed; names the extra.
     """
+    _refuse_no_pruner("load_pruner", pruner, filename)
     _, safe_open, broken = _safetensors()
     try:
         with safe_open(os.fspath(filename), framework="pt") as file:
@@ -53,6 +68,30 @@ def load_pruner(pruner: Pruner, filename: str | os.PathLike[str]) -> None:
             f"Expected a whole safetensors file in '{os.fspath(filename)}'; got {error}."
         ) from None
     pruner.load_state_dict(_state(metadata or {}, tensors, os.fspath(filename)))
+
+
+def _refuse_no_pruner(call: str, pruner: object, filename: object) -> None:
+    if not isinstance(pruner, Pruner) or not isinstance(filename, str | os.PathLike):
+        raise TypeError(
+            f"Expected {call}(pruner, filename); got {type(pruner).__name__} and "
+            f"{type(filename).__name__}. The Pruner comes first."
+        )
+
+
+def _refuse_shards(pruner: Pruner) -> None:
+    for name in pruner.resolved_config.module_name_configs:
+        if is_sharded(pruner.model.get_parameter(name)):
+            raise ValueError(
+                f"Expected whole weights in save_pruner; {name!r} is in shards, of which no "
+                f"process has all. Save the pruner with torch.distributed.checkpoint."
+            )
+
+
+def _refuse_no_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"Expected a folder for '{path}'; there is no '{path.parent}'. Make it first."
+        )
 
 
 def _state(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from purprune import PruneConfig, Rule
@@ -34,13 +35,17 @@ class PruningCallback(Callback):  # type: ignore[misc]  # the base is not follow
         config: a :class:`purprune.PruneConfig`, a :class:`purprune.Rule` for all supported
             modules, or a dict. Names are those of the LightningModule, such as ``"net.0"``.
         mask_gradients: False leaves the gradients of pruned entries as they are.
+        masks: masks by parameter name that hold at every step, for a model that was pruned before.
+        keep_zeros: True takes as ``masks`` the zeros that the pruned parameters have when the
+            fit starts. A resumed one takes the masks that hold from its checkpoint instead.
         finalize: True bakes the zeros in when the fit ends, and removes the hooks; a later
             ``fit()`` goes on with the masks. False leaves the pruner on the model.
 
     Raises:
         ConfigError: the config is impossible.
 
-    ``fit()`` raises SelectionError when a selector matches nothing in the model, and ValueError
+    ``fit()`` raises SelectionError when a selector matches nothing in the model or a mask
+    is given for a parameter without a rule, ConfigError when a mask does not fit, and ValueError
     when the pruner's state of a checkpoint is missing or damaged.
     """
 
@@ -49,10 +54,18 @@ class PruningCallback(Callback):  # type: ignore[misc]  # the base is not follow
         config: PruneConfig | Rule | Mapping[str, Any],
         *,
         mask_gradients: bool = True,
+        masks: Mapping[str, Tensor] | None = None,
+        keep_zeros: bool = False,
         finalize: bool = True,
     ) -> None:
         """Check the config; the pruner is made when the fit starts."""
-        self._training = PrunedTraining(config, mask_gradients, finalize)
+        self._training = PrunedTraining(
+            config,
+            mask_gradients=mask_gradients,
+            masks=masks,
+            keep_zeros=keep_zeros,
+            finalize=finalize,
+        )
         self._loaded: dict[str, Any] | None = None
         self._handle: Any = None
         self._logged: tuple[Mapping[str, float], float] = ({}, 0.0)

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from purprune import PruneConfig, Rule
 from purprune.config import as_config
-from purprune_adapters.checkpoint import Held, pack_state
 from purprune_adapters.hooks import MaskHook
 from purprune_adapters.pruner import Pruner
 
@@ -25,19 +24,28 @@ def install_hint(package: str, extra: str) -> str:
 class PrunedTraining:
     """A config and the pruner that was made of it, for as long as a trainer is used.
 
-    A model that was finalized and is trained again goes on where it ended: its masks stay, and its
-    steps are counted on. Another model starts at step 0.
+    A model that was finalized and is trained again goes on where it ended: its masks stay, those
+    that hold at every step among them, and its steps are counted on. Another model starts at
+    step 0.
     """
 
     def __init__(
-        self, config: PruneConfig | Rule | Mapping[str, Any], mask_gradients: bool, finalize: bool
+        self,
+        config: PruneConfig | Rule | Mapping[str, Any],
+        *,
+        mask_gradients: bool,
+        masks: Mapping[str, Tensor] | None,
+        keep_zeros: bool,
+        finalize: bool,
     ) -> None:
         """Check the config; a model comes with :meth:`begin`."""
         self.config = as_config(config)
         self.live = False
         self._mask_gradients = mask_gradients
+        self._masks, self._keep_zeros = masks, keep_zeros
         self._finalize = finalize
         self._pruner: Pruner | None = None
+        self._ended: dict[str, Any] = {}
 
     @property
     def pruner(self) -> Pruner:
@@ -64,15 +72,13 @@ class PrunedTraining:
     def end(self) -> None:
         """Bake the zeros in and remove the hooks, unless the pruner is to stay."""
         if self.live and self._finalize:
+            self._ended = self.pruner.state_dict()  # a finalized pruner tells it no more
             self.pruner.finalize(inplace=True)
             self.live = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the pruner's state, of a finalized one too; empty before the first training."""
-        if self._pruner is None:
-            return {}
-        held = Held(self._pruner.step_count, self._pruner.masks, {})
-        return pack_state(held, self.config, prepared=True, packed=False)
+        return self.pruner.state_dict() if self.live else dict(self._ended)
 
     def refuse_unfit_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Raise unless the state is whole and its masks are those of the model's zeros."""
@@ -87,7 +93,13 @@ class PrunedTraining:
                 )
 
     def _new_pruner(self, model: nn.Module) -> Pruner:
-        return Pruner(model, self.config, mask_gradients=self._mask_gradients)
+        return Pruner(
+            model,
+            self.config,
+            mask_gradients=self._mask_gradients,
+            masks=self._masks,
+            keep_zeros=self._keep_zeros,
+        )
 
 
 def _refuse_two_pruners(model: nn.Module) -> None:

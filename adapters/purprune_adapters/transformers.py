@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from purprune import PruneConfig, Rule
 from purprune_adapters.pruner import Pruner
@@ -44,6 +44,9 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
         config: a :class:`purprune.PruneConfig`, a :class:`purprune.Rule` for all supported
             modules, or a dict.
         mask_gradients: False leaves the gradients of pruned entries as they are.
+        masks: masks by parameter name that hold at every step, for a model that was pruned before.
+        keep_zeros: True takes as ``masks`` the zeros that the pruned parameters have when the
+            training begins. A resumed one takes the masks that hold from its checkpoint instead.
         finalize: True bakes the zeros in when the training ends, and removes the hooks; a later
             ``train()`` goes on with the masks. False leaves the pruner on the model.
         resume_from_checkpoint: the folder that ``train(resume_from_checkpoint=...)`` gets, which
@@ -52,7 +55,8 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
     Raises:
         ConfigError: the config is impossible.
 
-    ``train()`` raises SelectionError when a selector matches nothing in the model, and ValueError
+    ``train()`` raises SelectionError when a selector matches nothing in the model or a mask
+    is given for a parameter without a rule, ConfigError when a mask does not fit, and ValueError
     when the pruner's state of a checkpoint is missing, damaged or of other weights.
     """
 
@@ -61,11 +65,19 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
         config: PruneConfig | Rule | Mapping[str, Any],
         *,
         mask_gradients: bool = True,
+        masks: Mapping[str, Tensor] | None = None,
+        keep_zeros: bool = False,
         finalize: bool = True,
         resume_from_checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         """Check the config; the pruner is made when the training begins."""
-        self._training = PrunedTraining(config, mask_gradients, finalize)
+        self._training = PrunedTraining(
+            config,
+            mask_gradients=mask_gradients,
+            masks=masks,
+            keep_zeros=keep_zeros,
+            finalize=finalize,
+        )
         self._resume_from = resume_from_checkpoint
 
     @property

@@ -6,7 +6,9 @@ import builtins
 import copy
 import io
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -349,6 +351,25 @@ def test_a_truncated_or_tampered_safetensors_file_raises_one_line_and_changes_no
         load_pruner(pruner, tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError):
         load_pruner(pruner, tmp_path / "none.safetensors")
+
+
+def test_wrong_arguments_of_the_file_functions_raise_one_line_and_write_nothing(tmp_path: Path):
+    """Defends against arguments that were swapped, and places where no file can be."""
+    pytest.importorskip("safetensors")
+    _, _, pruner = trained()
+    path = tmp_path / "pruner.safetensors"
+    cases: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
+        (save_pruner, (str(path), pruner), TypeError, "save_pruner(pruner, filename); got str and"),
+        (load_pruner, (path, pruner), TypeError, "load_pruner(pruner, filename); got PosixPath"),
+        (save_pruner, (net(), path), TypeError, "and PosixPath. The Pruner comes first"),
+        (save_pruner, (pruner, tmp_path / "no" / "p"), FileNotFoundError, "Make it first"),
+        (save_pruner, (pruner, tmp_path), OSError, "that can be written at"),
+    ]
+    for call, arguments, error, says in cases:
+        with pytest.raises(error, match=re.escape(says)) as caught:
+            call(*arguments)
+        assert "\n" not in str(caught.value)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_dcp_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path):

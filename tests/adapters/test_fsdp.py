@@ -30,7 +30,7 @@ from purprune import (
     Rule,
     compute_masks,
 )
-from purprune_adapters import Pruner
+from purprune_adapters import Pruner, save_pruner
 
 SCHEDULE = PolynomialDecay([0, 2, 3, 5])
 CONFIG = (
@@ -366,6 +366,8 @@ def test_masks_that_hold_are_kept_in_shards_and_come_back_with_the_state():
     state = pruner.state_dict()
     with pytest.raises(ValueError, match="packed=False for masks in shards"):
         pruner.state_dict(packed=True)
+    with pytest.raises(ValueError, match=r"'.*weight' is in shards.* torch.distributed.checkpoint"):
+        save_pruner(pruner, "never written")
     resumed = Pruner(sharded(), rule, keep_zeros=True)
     shapes = resumed.state_dict()["floor"]
     assert {name: mask.shape for name, mask in shapes.items()} == {

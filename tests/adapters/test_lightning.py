@@ -226,6 +226,46 @@ def test_a_later_fit_goes_on_with_the_masks(tmp_path):
     assert callback.pruner.step_count == STEPS, "another model starts at step 0"
 
 
+@pytest.mark.parametrize("way", ["masks", "keep_zeros"])
+@pytest.mark.parametrize("target", [0.5, 0.9])
+def test_what_a_model_was_pruned_of_stays_pruned_through_fits_and_a_resume(tmp_path, way, target):
+    """Defends masks= and keep_zeros with a schedule from 0, in the state and after the end."""
+
+    def sparse() -> Any:
+        model = make_net(0.0)
+        for layer in (model.body[0], model.body[3]):
+            layer.weight.data.view(-1, 4)[:, 1:] = 0
+        return model
+
+    given = {f"body.{i}.weight": sparse().body[i].weight != 0 for i in (0, 3)}
+    config = PruneConfig().set_module_name("body.*", Rule(target, PolynomialDecay([1, 3, 5])))
+
+    def run(epochs: int, path: Path | None = None) -> tuple[Any, Any, Any]:
+        callback = pruning(config, **({"masks": given} if way == "masks" else {"keep_zeros": True}))
+        model = sparse()
+        trainer = trainer_for(
+            tmp_path, [callback], limit_train_batches=3, max_epochs=epochs, max_steps=-1
+        )
+        fit(trainer, model, ckpt_path=path and str(path), weights_only=True)
+        for name, mask in given.items():
+            assert not model.get_parameter(name)[~mask].any(), name
+        assert min(model.seen) >= 144, "three of four of 192 entries, at every step"
+        return callback, model, trainer
+
+    with pytest.warns(UserWarning, match="before the schedule's end"):
+        ended, _, trainer = run(1)
+    trainer.save_checkpoint(tmp_path / "ended.ckpt")
+    floor = torch.load(tmp_path / "ended.ckpt", weights_only=True)["callbacks"]["PruningCallback"][
+        "floor"
+    ]
+    assert all(torch.equal(floor[name], mask) for name, mask in given.items())
+    resumed, model, _ = run(2, tmp_path / "ended.ckpt")
+    whole, other, _ = run(2)
+    assert ended.pruner.step_count == 3
+    assert bits(model, resumed.pruner) == bits(other, whole.pruner)
+    assert zeros(model.body) == max(144, int(128 * target) + int(64 * target))
+
+
 def test_weights_that_are_loaded_bring_their_masks(tmp_path):
     """Defends a pruner that stays: a test of an older checkpoint is a test of that checkpoint."""
     callback, model = pruning(finalize=False), make_net()

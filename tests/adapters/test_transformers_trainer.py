@@ -246,6 +246,44 @@ def test_a_later_training_goes_on_with_the_masks(tmp_path):
     assert all(torch.equal(callback.pruner.masks[name], mask) for name, mask in masks.items())
 
 
+@pytest.mark.parametrize("way", ["masks", "keep_zeros"])
+@pytest.mark.parametrize("target", [0.5, 0.9])
+def test_what_a_model_was_pruned_of_stays_pruned_through_trainings_and_a_resume(
+    tmp_path, way, target
+):
+    """Defends masks= and keep_zeros with a schedule from 0, in the state and after the end."""
+
+    def sparse() -> Net:
+        model = Net(0.2)
+        for layer in (model.body[0], model.body[3]):
+            layer.weight.data.view(-1, 4)[:, 1:] = 0
+        return model
+
+    given = {f"body.{i}.weight": sparse().body[i].weight != 0 for i in (0, 3)}
+    config = PruneConfig().set_module_name("body.*", Rule(target, PolynomialDecay([1, 3, 5])))
+
+    def run(**options: Any) -> tuple[Any, Any]:
+        callback = pruning(config, **({"masks": given} if way == "masks" else {"keep_zeros": True}))
+        trainer = trainer_for(tmp_path, [callback], sparse())
+        trainer.train(**options)
+        assert_kept(trainer.model)
+        assert min(trainer.model.seen) >= 144, "three of four of 192 entries, at every step"
+        assert zeros(trainer.model) == max(144, int(128 * target) + int(64 * target))
+        return trainer, callback
+
+    def assert_kept(model: nn.Module) -> None:
+        for name, mask in given.items():
+            assert not model.get_parameter(name)[~mask].any(), name
+
+    first, whole = run()
+    second, resumed = run(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert bits(second.model, resumed.pruner) == bits(first.model, whole.pruner)
+    second.train()
+    assert_kept(second.model)
+    floor = torch.load(tmp_path / "checkpoint-6" / "pruner.pt")["floor"]
+    assert all(torch.equal(floor[name], mask) for name, mask in given.items())
+
+
 def test_a_new_model_of_model_init_starts_at_step_0(tmp_path):
     """Defends that masks never move to another model."""
     callback = pruning()
