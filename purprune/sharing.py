@@ -54,8 +54,9 @@ class Inputs(NamedTuple):
 
     def weight(self, name: str) -> Tensor:
         """Return a parameter's values."""
-        refuse_parts(name, self.params[name])
-        return readable(name, self.params[name])
+        weight = self.params[name]  # which may be loaded anew each time
+        refuse_parts(name, weight)
+        return readable(name, weight)
 
     def context(self, name: str) -> ScoreContext:
         """Return what a parameter's score may know."""

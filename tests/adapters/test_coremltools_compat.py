@@ -446,6 +446,7 @@ def test_known_difference_n_equal_to_m_prunes_everything(theirs: ModuleType) -> 
     assert zeros(our_mask(mine)) == 32
 
 
+@pytest.mark.filterwarnings("ignore:step.. was called")  # nothing is trained here
 def test_known_difference_before_the_first_zero_of_n_m_nothing_goes(theirs: ModuleType) -> None:
     """coremltools prunes without structure while floor(m * s) is 0: the pattern does not hold."""
     model = sequential(nn.Linear(16, 8))

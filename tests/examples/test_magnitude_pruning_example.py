@@ -100,6 +100,7 @@ def test_epochs_follow_from_the_number_of_batches(batches: int, epochs: tuple[in
     assert (tutorial.dense_epochs(loader), tutorial.fine_tune_epochs(loader)) == epochs
 
 
+@pytest.mark.filterwarnings("ignore:step.. was called")  # nothing is trained here
 def test_a_result_out_of_bounds_is_reported_with_both_numbers() -> None:
     """The checks at the end of the tutorial are checks only if they can fail."""
     pruner = tutorial.Pruner(tutorial.network(0), tutorial.CONFIG)
