@@ -317,6 +317,24 @@ def test_an_error_of_one_process_ends_the_call_in_all():
         sharded_masks(weight, 0, Rule(0.5, score=fails_on_rank_1))
 
 
+def extreme_on_rank_1(weight: Tensor, context: Any) -> Tensor:
+    largest = torch.iinfo(torch.int64).max
+    return torch.full(weight.shape, largest if dist.get_rank() == 1 else 1, dtype=torch.int64)
+
+
+extreme_on_rank_1.elementwise = True  # type: ignore[attr-defined]
+
+
+@on_ranks(2)
+def test_a_score_that_one_process_can_not_rank_is_refused_in_all():
+    """Defends against a process that waits for another, which has left with an error."""
+    mesh = init_device_mesh("cpu", (2,))
+    weight = {"w": distribute_tensor(torch.ones(6, 4), mesh, [Shard(0)])}
+    expected = ValueError if dist.get_rank() == 1 else RuntimeError
+    with pytest.raises(expected, match=r"extreme value|another one failed"):
+        sharded_masks(weight, 0, Rule(0.5, score=extreme_on_rank_1))
+
+
 @on_ranks(2)
 def test_what_does_not_fit_the_shards_raises_in_every_process_and_says_why():
     """Defends the borders of what is supported: decided from shape and mesh, by name."""
