@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from purprune.keys import Bools, KeyMaker, Keys
+from purprune.keys import Bools, KeyMaker, Keys, spread_evenly
 from purprune.threads import in_threads
 
 _CHUNK = 1 << 19
@@ -27,8 +27,6 @@ _SAMPLE = 8
 """Times the root of the number of keys is the size of the sample."""
 _FEW_VALUES = 1 << 16
 """Between bounds as close as this values are counted instead of partitioned."""
-_GOLDEN = 0.6180339887498949
-"""Multiples of it modulo 1 fall evenly: a sample without a stride that data could follow."""
 
 
 def keep_all_but_lowest_of_one_group(
@@ -110,7 +108,7 @@ class _Contest(NamedTuple):
     def sample(self) -> Keys:
         """Return the sorted keys of a few units, spread evenly."""
         size = int(_SAMPLE * math.sqrt(self.bits.size))
-        at = (np.arange(size) * _GOLDEN % 1.0 * self.bits.size).astype(np.int64)
+        at = spread_evenly(size, self.bits.size)
         if self.among is not None:
             at = at[self.among[at]]
         keys = self.make(self.bits[at], np.empty(at.shape, self.bits.dtype))

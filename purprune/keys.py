@@ -10,6 +10,15 @@ from numpy.typing import NDArray
 Keys = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
 
+_GOLDEN = 0.6180339887498949
+"""Multiples of it modulo 1 fall evenly: a sample without a stride that data could follow."""
+
+
+def spread_evenly(size: int, over: int) -> NDArray[np.int64]:
+    """Return the positions of a sample, from 0 to ``over`` - 1; some may come twice."""
+    at: NDArray[np.int64] = (np.arange(size) * _GOLDEN % 1.0 * over).astype(np.int64)
+    return at
+
 
 class NotANumberError(Exception):
     """A score is NaN."""

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from purprune.ranking import key_scratch, keys_of
+from purprune.keys import spread_evenly
+from purprune.ranking import WORDS, key_scratch, keys_of
 from purprune.threads import in_threads
 
 T = TypeVar("T")
@@ -24,9 +25,6 @@ Array = Any  # numpy's on the CPU, where it is faster, else torch's
 _CHUNK = 1 << 18
 """Keys that are made at a time on the CPU, so that scratch stays in the cache."""
 _DEVICE_CHUNK = 1 << 23
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_GOLDEN = 0.6180339887498949
-"""Multiples of it modulo 1 fall evenly: a sample without a stride that data could follow."""
 
 
 class Part(NamedTuple):
@@ -247,7 +245,7 @@ def sampled(group: Group, part: Part, kept: bool, sample: int) -> Tensor:
     """Return some of the part's scores on the CPU: about ``sample`` when all parts do."""
     scores = part.scores().detach().reshape(-1)
     size = math.ceil(scores.numel() * sample / sum(group.sizes))
-    at = (np.arange(size) * _GOLDEN % 1.0 * scores.numel()).astype(np.int64)
+    at = spread_evenly(size, scores.numel())
     if part.prev is not None:
         at = at[_picked(part.prev.reshape(-1), at).numpy() == kept]
     elif not kept:
@@ -261,7 +259,7 @@ def _picked(flat: Tensor, at: Array) -> Tensor:
     """Return some elements on the CPU, as words: threads of torch cost more than they save."""
     if not _on_cpu(flat):
         return flat[torch.from_numpy(at).to(flat.device)].cpu()
-    words = flat.view(_WORDS[flat.itemsize]).numpy()[at]
+    words = flat.view(WORDS[flat.itemsize]).numpy()[at]
     return torch.from_numpy(words).view(flat.dtype)
 
 

@@ -28,8 +28,10 @@ from purprune.values import exact
 
 Array = Any  # numpy's on the CPU, torch's elsewhere
 
-_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16}
-_BITS |= {torch.float32: torch.int32, torch.float64: torch.int64}
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers as which entries of so many bytes are read."""
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BITS = {dtype: WORDS[dtype.itemsize] for dtype in _FLOATS}
 _NUMPY = {torch.float32: (np.float32, np.int32), torch.float64: (np.float64, np.int64)}
 _INFINITY = {
     dtype: int(torch.tensor(math.inf, dtype=dtype).view(bits)) for dtype, bits in _BITS.items()

@@ -31,8 +31,7 @@ from purprune.scoring import (
     sparsity_at,
     unit_layout,
 )
-from purprune.units import _exponent as exponent_of
-from purprune.units import grid_shape, is_entry, spread, unit_scores
+from purprune.units import exponent_of, grid_shape, is_entry, spread, unit_scores
 
 _CHEAP = 64
 """Scores are kept between passes where a unit has so many entries or more: a 32nd of the memory."""

@@ -50,7 +50,7 @@ def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
     wide = torch.float32 if scores.device.type == "mps" else torch.float64
     if scores.numel() == 0:
         return torch.zeros(grid, dtype=wide, device=scores.device)
-    exponent = _exponent(scores) if norm == "l2" and scores.dtype == wide else 0
+    exponent = exponent_of(scores) if norm == "l2" and scores.dtype == wide else 0
     if scores.device.type != "cpu":
         reduced: Tensor = _reduced(scores.to(wide, copy=True), block, norm, exponent)
         return reduced
@@ -76,7 +76,7 @@ def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
     return torch.from_numpy(out)
 
 
-def _exponent(scores: Tensor) -> int:
+def exponent_of(scores: Tensor) -> int:
     """Return the power of two by which to scale where a square could leave the accumulator."""
     largest = torch.where(scores.isfinite(), scores, 0).abs().amax()
     return -int(torch.frexp(largest).exponent)

@@ -23,6 +23,7 @@ from purprune import (
     Rule,
     bracketing,
     compute_masks,
+    keys,
     selecting,
     threads,
     units,
@@ -105,7 +106,7 @@ def test_the_bracket_really_is_used(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("with_prev", [None, 0.2, 0.95])
 def test_a_sample_that_misleads_costs_time_and_no_bit(monkeypatch, s, with_prev):
     """Defends the passes after a miss, also where fewer may go than went before."""
-    monkeypatch.setattr(bracketing, "_GOLDEN", 0.0)  # the first unit, again and again
+    monkeypatch.setattr(keys, "_GOLDEN", 0.0)  # the first unit, again and again
     w = torch.randn(999, generator=torch.Generator().manual_seed(0))
     gone = None if with_prev is None else np.random.default_rng(0).random(999) < with_prev
     prev = None if gone is None else torch.from_numpy(~gone)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from purprune.ranking import WORDS
+
 _CHUNK = 1 << 18
 """Entries at a time on the CPU: the widened mask stays in the cache, in memory used again."""
 
@@ -17,7 +18,7 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
     ``mask`` is bool, True = keep. The words of the tensor are multiplied by 0 or 1 as integers: a
     pruned inf or NaN becomes 0 too, and one byte per entry is read where a float mask costs four.
     """
-    words = _WORDS.get(tensor.itemsize)
+    words = WORDS.get(tensor.itemsize)
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
     if words is None or not plain or not tensor.is_floating_point():
         tensor.detach().masked_fill_(~mask, 0)

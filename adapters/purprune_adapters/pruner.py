@@ -221,18 +221,19 @@ class Pruner:
             NaNError: a weight holds NaN; step and masks stay as they were.
         """
         require_prepared("step", self._phase)
+        params = self._params()
         # Its warning may be an error: nothing is changed yet.
-        self._activity.count(self._params(), self._store.masks)
+        self._activity.count(params, self._store.masks)
         step = self._step + 1
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:
             self._renew(self._targets.masks_at(step, due, self._store.masks, self._floor))
         self._step = step
         # An attached optimizer left everything masked; what nobody wrote to since is not read.
-        self._apply(only_changed=self._keeper is not None and self._keeper.has_stepped)
+        self._apply(params, self._keeper is not None and self._keeper.has_stepped)
         if self._keeper is not None:
             self._keeper.forget_step()
-        self._activity.leave(self._params())
+        self._activity.leave(params)
 
     def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
         """Return a model with the zeros baked in and no trace of pruning.
@@ -348,7 +349,7 @@ class Pruner:
     def _take(self, held: Held) -> None:
         self._step, self._floor = held.step, dict(held.floor)
         self._renew(held.masks)
-        self._apply()
+        self._apply(self._params())
 
     def _new_keeper(self) -> ZeroKeeper | None:
         if self._optimizer is None:
@@ -356,9 +357,9 @@ class Pruner:
         look_up, masks, trust = self._targets.params, self._mask_state, self._trust
         return ZeroKeeper(self._optimizer, self._store, look_up, mask_state=masks, trust=trust)
 
-    def _apply(self, only_changed: bool = False) -> None:
+    def _apply(self, params: Mapping[str, Tensor], only_changed: bool = False) -> None:
         apply = self._store.apply_if_changed_ if only_changed else self._store.apply_
-        for name, param in self._params().items():
+        for name, param in params.items():
             apply(name, param)
 
     def _renew(self, masks: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import run_recipe
 from torch import Tensor, nn
 
 from purprune import Block, PolynomialDecay, PruneConfig, Rule, SelectionError
@@ -390,10 +390,7 @@ def test_what_cannot_be_pruned_is_refused_before_the_first_step(tmp_path):
 
 def test_the_recipe_of_the_documentation_runs():
     """Defends docs/trainers.md: its code, and what it asserts."""
-    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text(encoding="utf-8")
-    section = page.split("\n## transformers\n")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    exec(compile(code, "docs/trainers.md", "exec"), {"__name__": "recipe"})
+    run_recipe("trainers.md", "transformers")
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
