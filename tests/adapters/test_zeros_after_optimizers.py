@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
-from purprune import PolynomialDecay, Rule
+from purprune import PolynomialDecay, PruneConfig, Rule
 from purprune_adapters import Pruner, hooks
 from purprune_adapters.inplace import is_zero_where_pruned
 
@@ -138,6 +138,28 @@ def test_masked_optimizer_state_is_zero_where_pruned_and_saves_the_pass(written)
     written.clear()
     train(model, made, pruner)
     assert weight_passes(written, model) == 0
+
+
+def test_the_step_count_of_an_optimizer_is_no_state_of_an_entry():
+    """Defends bias correction where a parameter has the shape of the count."""
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.tensor(2.0))
+    made = Adam(model.parameters(), 0.01)
+    rule = Rule(1.0, PolynomialDecay([1, 3]))
+    pruner = Pruner(
+        model,
+        PruneConfig().set_module_name("scale", rule),
+        optimizer=made,
+        mask_optimizer_state=True,
+    )
+    pruner.prepare(inplace=True)
+    for count in range(1, 5):
+        made.zero_grad()
+        model.scale.square().backward()
+        made.step()
+        pruner.step()
+        assert int(made.state[model.scale]["step"]) == count
+    assert int(made.state[model.scale]["exp_avg"]) == 0
 
 
 def test_a_state_that_is_loaded_is_looked_at_again(written):
