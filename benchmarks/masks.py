@@ -100,24 +100,27 @@ def coremltools_step(case: str, weight: Tensor) -> Work:
     """coremltools' pruner.step() at an update."""
     with quiet():
         from coremltools.optimize.torch import pruning as ct
-    keys: dict[str, Any] = {
+    options: dict[str, dict[str, Any]] = {
         "unstructured": {},
         "2:4": {"n_m_ratio": (2, 4)},
         "blocks of 4": {"block_size": 4},
         "channels": {"granularity": "per_channel"},
-    }[case]
+    }
 
-    class EveryStep(ct.pruning_scheduler.PruningScheduler):  # type: ignore[name-defined,misc]
+    class EveryStep(ct.pruning_scheduler.PruningScheduler):  # type: ignore[misc]
         def compute_sparsity(self, step_count: int, prev_sparsity: float, config: Any) -> float:
             goal: float = config.target_sparsity
             return goal + (1e-9 if case == "2:4" else 2e-4) * step_count
 
-    module = ct.ModuleMagnitudePrunerConfig(scheduler=EveryStep(), target_sparsity=SPARSITY, **keys)
+    module = ct.ModuleMagnitudePrunerConfig(
+        scheduler=EveryStep(), target_sparsity=SPARSITY, **options[case]
+    )
     pruner = ct.MagnitudePruner(
         nn.Sequential(layer_for(weight)), ct.MagnitudePrunerConfig(global_config=module)
     )
     pruner.prepare(inplace=True)
-    return pruner.step
+    step: Work = pruner.step
+    return step
 
 
 def torch_prune(case: str, weight: Tensor) -> Work:

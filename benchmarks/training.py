@@ -5,9 +5,9 @@
 
 Every contender trains a network of its own from the same weights. The pruner's schedule is over
 before anything is timed: what is left is what every step pays (hooks, gradients, zeros in place).
-glibc's thresholds for trimming and for mapping are raised first (``--default-malloc`` leaves them):
-fresh pages for every gradient make the dense step itself up to twice as long, and move small
-networks' times more than masks do. The order of the contenders rotates from round to round, and a
+glibc's thresholds for trimming and for mapping are raised first (``--default-malloc`` leaves them).
+Both: with the first alone every large gradient is mapped anew, and its fresh pages make the dense
+step itself up to twice as long. The order of the contenders rotates from round to round, and a
 second dense network shows how large the noise is.
 """
 
@@ -62,6 +62,8 @@ NETS = {"mlp": mlp, "mnist": mnist, "transformer": transformer}
 class Mask(nn.Module):
     """A parametrization that multiplies by a float mask."""
 
+    mask: Tensor
+
     def __init__(self, mask: Tensor) -> None:
         """Keep the mask as a buffer."""
         super().__init__()
@@ -77,15 +79,12 @@ def _layers(net: nn.Module) -> list[nn.Module]:
     return [m for m in net.modules() if type(m) in kinds]
 
 
-def with_pruner(
-    attach: bool, trust: bool = False
-) -> Callable[[nn.Module, Any], Callable[[], None]]:
-    """Our pruner, with or without the optimizer."""
+def with_pruner(trust: bool) -> Callable[[nn.Module, Any], Callable[[], None]]:
+    """Our pruner; with trust it relies on the optimizer to leave zeros where it provably does."""
 
     def prepare(net: nn.Module, optimizer: Any) -> Callable[[], None]:
-        pruner = Pruner(
-            net, Rule(SPARSITY), optimizer=optimizer if attach else None, trust_optimizer=trust
-        )
+        attached = optimizer if trust else None
+        pruner = Pruner(net, Rule(SPARSITY), optimizer=attached, trust_optimizer=trust)
         pruner.prepare(inplace=True)
         return pruner.step
 
@@ -100,20 +99,21 @@ def with_coremltools(net: nn.Module, optimizer: Any) -> Callable[[], None]:
     types = dict.fromkeys({type(layer) for layer in _layers(net)}, module)
     pruner = ct.MagnitudePruner(net, ct.MagnitudePrunerConfig(module_type_configs=types))
     pruner.prepare(inplace=True)
-    return pruner.step
+    step: Callable[[], None] = pruner.step
+    return step
 
 
 def with_torch_prune(net: nn.Module, optimizer: Any) -> Callable[[], None]:
     """torch.nn.utils.prune."""
     for layer in _layers(net):
-        prune.l1_unstructured(layer, "weight", SPARSITY)
+        prune.l1_unstructured(layer, "weight", SPARSITY)  # type: ignore[no-untyped-call]
     return lambda: None
 
 
 def with_parametrize(net: nn.Module, optimizer: Any) -> Callable[[], None]:
     """torch.nn.utils.parametrize with a float mask."""
     for layer in _layers(net):
-        keep = layer.weight.detach().abs()
+        keep = layer.get_parameter("weight").detach().abs()
         mask = (keep > keep.flatten().kthvalue(int(keep.numel() * SPARSITY)).values).float()
         parametrize.register_parametrization(layer, "weight", Mask(mask))
     return lambda: None
