@@ -27,6 +27,8 @@ from purprune.patterns import Unstructured as Unstructured
 from purprune.planning import Plan as Plan
 from purprune.planning import plan as plan
 from purprune.schedules import ConstantSparsity as ConstantSparsity
+from purprune.schedules import CosineDecay as CosineDecay
+from purprune.schedules import ExponentialDecay as ExponentialDecay
 from purprune.schedules import PolynomialDecay as PolynomialDecay
 from purprune.schedules import Ramp as Ramp
 from purprune.scores import Fisher as Fisher
