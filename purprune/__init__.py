@@ -31,6 +31,8 @@ from purprune.regrow import Regrow as Regrow
 from purprune.regrow import RigL as RigL
 from purprune.regrow import StraightThrough as StraightThrough
 from purprune.schedules import ConstantSparsity as ConstantSparsity
+from purprune.schedules import CosineDecay as CosineDecay
+from purprune.schedules import ExponentialDecay as ExponentialDecay
 from purprune.schedules import PolynomialDecay as PolynomialDecay
 from purprune.schedules import Ramp as Ramp
 from purprune.scores import Fisher as Fisher
