@@ -24,6 +24,7 @@ from purprune.patterns import GlobalGroup as GlobalGroup
 from purprune.patterns import Kernel as Kernel
 from purprune.patterns import Pattern as Pattern
 from purprune.patterns import Unstructured as Unstructured
+from purprune.phases import Alternating as Alternating
 from purprune.planning import Plan as Plan
 from purprune.planning import plan as plan
 from purprune.regrow import SET as SET

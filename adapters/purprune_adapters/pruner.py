@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo  # as torch.optim does: it imports th
 import purprune
 from purprune import Plan, PruneConfig, Rule
 from purprune.config import as_config
-from purprune.updating import exchanges, needs_whole_gradient
+from purprune.updating import comes_back, needs_whole_gradient
 from purprune_adapters.activity import Activity
 from purprune_adapters.checkpoint import Held, pack_state, unpack_state
 from purprune_adapters.checks import (
@@ -371,10 +371,10 @@ class Pruner:
 
     def _move_on(self, params: Mapping[str, Tensor], step: int, due: Mapping[str, Rule]) -> None:
         """Take the masks of a step; entries that come back do so as zero, without a state."""
-        back = [name for name, rule in due.items() if exchanges(rule, step)]
+        back = [name for name, rule in due.items() if comes_back(rule, step)]
         self._memory.refresh(params, self._store)
         masks = self._targets.updated(step, due, self._held(), self._memory, self._stats)
-        for name in back:  # by the old masks: the optimizer saw whole gradients
+        for name in back:  # by the old masks: momentum, or a whole gradient, moved them
             self._store.apply_if_changed_(name, params[name])
         if self._keeper is not None:
             self._keeper.zero_state(back)
