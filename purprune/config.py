@@ -24,8 +24,18 @@ from pydantic import (
 )
 from pydantic_core import ArgsKwargs, CoreSchema
 
+from purprune.allocations import Budget, OwnTarget
 from purprune.errors import ConfigError, one_line
-from purprune.patterns import NM, Block, Channel, Kernel, Pattern, Unstructured
+from purprune.patterns import (
+    NM,
+    Block,
+    Channel,
+    GlobalGroup,
+    Kernel,
+    Pattern,
+    TensorGroup,
+    Unstructured,
+)
 from purprune.schedules import ConstantSparsity, Ramp, Schedule
 from purprune.scores import Magnitude, Score
 from purprune.values import KNOWN_KEYS, FrozenDict, SparsityValue, StrictInt, exact, value
@@ -108,6 +118,9 @@ class Rule:
         score: ``"magnitude"``, ``"taylor"``, ``Random(seed)``, or a callable
             ``score(weight, context)``.
         param_name: the parameter below a selected module; None means its weights.
+        budget: ``"own"``: every tensor has this sparsity. ``"uniform"``, ``"er"`` or ``"erk"``
+            (:class:`ErdosRenyi`): tensors whose rules are equal have it together, and the exact
+            total of their units is divided by their shapes.
 
     Instead of ``pattern`` the keys of coremltools are taken too: ``granularity``, ``block_size``,
     ``n_m_ratio``, ``dim``; and ``scheduler`` for ``schedule``.
@@ -127,6 +140,7 @@ class Rule:
     pattern: Pattern = Pattern()
     score: Score = Magnitude()
     param_name: str | None = None
+    budget: Budget = OwnTarget()
 
     @model_validator(mode="before")
     @classmethod
@@ -148,6 +162,22 @@ class Rule:
                 "expected no initial or target sparsity beside a callable schedule, which returns "
                 f"the sparsity itself; got {self.initial_sparsity} and {self.target_sparsity}."
             )
+        if self.is_divided and not isinstance(self.pattern.group, TensorGroup):
+            raise ValueError(
+                f"expected budget='own' for groups of kind {self.pattern.group.kind!r}, which set "
+                f"the counts of each tensor themselves; got {self.budget!r}. Leave the budget out, "
+                f"or take a pattern whose group is the tensor."
+            )
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether tensors with equal rules share a total that their shapes divide."""
+        return not isinstance(self.budget, OwnTarget)
+
+    @property
+    def is_global(self) -> bool:
+        """Whether tensors with equal rules share a total that their values divide."""
+        return isinstance(self.pattern.group, GlobalGroup)
 
     @property
     def target(self) -> Fraction:

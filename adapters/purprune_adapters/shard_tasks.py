@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from purprune import ConfigError, Magnitude, Random, Rule, Taylor
-from purprune.patterns import GlobalGroup, Layout
+from purprune.patterns import Layout
 from purprune.scores import ScoreContext
-from purprune.scoring import check_mask, sparsity_at, unit_layout
+from purprune.scoring import check_mask, unit_layout
 from purprune.sharing import Inputs
 from purprune.units import grid_shape, is_entry
 from purprune_adapters.distributed import local
@@ -61,7 +61,7 @@ class Task(NamedTuple):
     @property
     def is_global(self) -> bool:
         """Whether tensors share a count."""
-        return isinstance(self.rule.pattern.group, GlobalGroup)
+        return self.rule.is_global
 
     @property
     def is_counted(self) -> bool:
@@ -99,7 +99,7 @@ class Task(NamedTuple):
         return mask if self.shards is None else self.shards.share(mask, self.weight)
 
 
-def task_of(name: str, rule: Rule, inputs: Inputs) -> Task:
+def task_of(name: str, rule: Rule, sparsity: Fraction, inputs: Inputs) -> Task:
     """Check everything that all processes see alike, so that all of them raise or none."""
     weight, grad = inputs.params[name], inputs.grads.get(name)
     prev, floor = inputs.prev.get(name), inputs.floor.get(name)
@@ -117,7 +117,7 @@ def task_of(name: str, rule: Rule, inputs: Inputs) -> Task:
         weight,
         rule,
         block,
-        sparsity_at(name, rule, inputs.step),
+        sparsity,
         None if prev is None else local(prev),
         None if floor is None else local(floor),
         shards,
