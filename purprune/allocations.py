@@ -28,9 +28,9 @@ class OwnTarget:
 
     kind: Literal["own"] = field(default="own", repr=False, kw_only=True)
 
-    def weight(self, shape: Sequence[int], units: int) -> Fraction:
+    def weight(self, shape: Sequence[int], units: int) -> int:
         """Return in which proportion a tensor of so many units keeps them."""
-        return Fraction(units)
+        return units
 
 
 @value
@@ -38,14 +38,14 @@ class Uniform:
     """Units are kept in proportion to how many there are: one sparsity, and an exact total.
 
     >>> Uniform().weight((8, 4), units=32)
-    Fraction(32, 1)
+    32
     """
 
     kind: Literal["uniform"] = field(default="uniform", repr=False, kw_only=True)
 
-    def weight(self, shape: Sequence[int], units: int) -> Fraction:
+    def weight(self, shape: Sequence[int], units: int) -> int:
         """Return in which proportion a tensor of so many units keeps them."""
-        return Fraction(units)
+        return units
 
 
 @value
@@ -163,7 +163,7 @@ def apportion(
     [4, 8]
     """
     sizes = [1] * len(caps) if quanta is None else [*quanta]
-    shares = _whole([Fraction(w, size) for w, size in zip(weights, sizes, strict=True)])
+    shares = _whole([w if n == 1 else Fraction(w, n) for w, n in zip(weights, sizes, strict=True)])
     rooms = [cap // size if w else 0 for w, cap, size in zip(shares, caps, sizes, strict=True)]
     most = _sum_of(rooms, sizes)
     if not 0 <= total <= most:
@@ -175,7 +175,7 @@ def apportion(
     return [number * size for number, size in zip(seats, sizes, strict=True)]
 
 
-def _whole(shares: Sequence[Fraction]) -> list[int]:
+def _whole(shares: Sequence[int | Fraction]) -> list[int]:
     """Return integers in the same proportions."""
     if any(share < 0 for share in shares):
         raise ConfigError(f"Expected weights >= 0; got {min(shares)}.")

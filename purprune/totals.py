@@ -46,7 +46,9 @@ def sparsities_at(
         ConfigError: a schedule says no sparsity, or has no end that is known; a pattern does not
             fit its tensor. Names the parameter.
     """
-    found = {name: total_at(name, rule, step) for name, rule in rules.items()}
+    first = {id(rule): (name, rule) for name, rule in reversed(rules.items())}
+    totals = {key: total_at(name, rule, step) for key, (name, rule) in first.items()}
+    found = {name: totals[id(rule)] for name, rule in rules.items()}
     for names in sharing(rules):
         if rules[names[0]].is_divided:
             found.update(_shares(names, rules[names[0]], found[names[0]], params))
