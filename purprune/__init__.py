@@ -1,5 +1,7 @@
 """purprune: pruning for PyTorch as pure functions."""
 
+from purprune.allocations import ErdosRenyi as ErdosRenyi
+from purprune.allocations import Uniform as Uniform
 from purprune.config import PruneConfig as PruneConfig
 from purprune.config import Rule as Rule
 from purprune.errors import ConfigError as ConfigError

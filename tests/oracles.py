@@ -144,6 +144,25 @@ def global_oracle(
     return masks
 
 
+def apportion_oracle(
+    weights: list[int | Fraction], caps: list[int], quanta: list[int]
+) -> dict[int, list[int]]:
+    """Return the seats at every total that giving one quantum after the other passes by."""
+    seats = [0] * len(caps)
+    found = {0: [*seats]}
+    while True:
+        due = [
+            (-Fraction(w) / (size * (2 * (had // size) + 1)), i)
+            for i, (w, size, had) in enumerate(zip(weights, quanta, seats, strict=True))
+            if w and had + size <= caps[i]
+        ]
+        if not due:
+            return found
+        _, i = min(due)
+        seats[i] += quanta[i]
+        found[sum(seats)] = [*seats]
+
+
 def polynomial_oracle(
     step: int, updates: list[int], power: int, initial: Fraction, target: Fraction
 ) -> Fraction:
