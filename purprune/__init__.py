@@ -26,6 +26,10 @@ from purprune.patterns import Pattern as Pattern
 from purprune.patterns import Unstructured as Unstructured
 from purprune.planning import Plan as Plan
 from purprune.planning import plan as plan
+from purprune.saliency import gradients as gradients
+from purprune.saliency import grasp_scores as grasp_scores
+from purprune.saliency import iterative_masks as iterative_masks
+from purprune.saliency import synflow_scores as synflow_scores
 from purprune.schedules import ConstantSparsity as ConstantSparsity
 from purprune.schedules import CosineDecay as CosineDecay
 from purprune.schedules import ExponentialDecay as ExponentialDecay
