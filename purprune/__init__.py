@@ -33,6 +33,10 @@ from purprune.regrow import SET as SET
 from purprune.regrow import Regrow as Regrow
 from purprune.regrow import RigL as RigL
 from purprune.regrow import StraightThrough as StraightThrough
+from purprune.saliency import gradients as gradients
+from purprune.saliency import grasp_scores as grasp_scores
+from purprune.saliency import iterative_masks as iterative_masks
+from purprune.saliency import synflow_scores as synflow_scores
 from purprune.schedules import ConstantSparsity as ConstantSparsity
 from purprune.schedules import CosineDecay as CosineDecay
 from purprune.schedules import ExponentialDecay as ExponentialDecay

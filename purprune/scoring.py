@@ -18,7 +18,7 @@ from purprune.context import ScoreContext, full_precision
 from purprune.errors import ConfigError
 from purprune.patterns import Layout, Norm
 from purprune.ranking import refuse_nan
-from purprune.scores import Magnitude, OwnScore
+from purprune.scores import Magnitude, OwnScore, needs_of
 from purprune.units import grid_shape, is_entry, spread
 
 
@@ -91,7 +91,7 @@ def readable(name: str, weight: Tensor) -> Tensor:
 def entry_scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
     """Return one score per entry; raise when the rule's score returns anything else."""
     gradient = context.gradient
-    if gradient is None and "gradient" in context.stats:
+    if gradient is None and "gradient" in {*context.stats} & {*needs_of(rule.score)}:
         gradient = context.stat("gradient", weight.shape)
     if gradient is not None:
         if gradient.shape != weight.shape:
