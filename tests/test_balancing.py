@@ -164,11 +164,15 @@ def test_scaling_one_tensor_by_a_power_of_two_changes_no_mask(data, scale, s, ex
 
 def test_a_scale_never_changes_the_order_within_a_tensor():
     """Defends neighbours in float64 whose quotients are the same float."""
-    base = 1.0 + torch.arange(64, dtype=torch.float64).flip(0) * 2.0**-52
-    params = {"a": base.view(8, 8), "b": base.view(8, 8) * 3}
-    masks = masks_of(params, Rule(0.5, pattern=Unstructured(scope=GlobalGroup(normalize="mean"))))
-    for name, mask in masks.items():
-        assert params[name][~mask].max() < params[name][mask].min()
+    base = 1.9 + torch.arange(64, dtype=torch.float64).flip(0) * 2.0**-52
+    base = torch.cat([base, torch.zeros(4)]).view(4, 17)
+    params, pattern = {"a": base, "b": 2 * base}, Unstructured(scope=GlobalGroup(normalize="mean"))
+    quotients = base / base.max() / (base / base.max()).mean()
+    assert len(quotients.unique()) < 50, "of 65 entries that differ"
+    for k in range(8, 128, 3):
+        masks = masks_of(params, Rule(Fraction(k, 136), pattern=pattern))
+        for name, mask in masks.items():
+            assert params[name][~mask].max() < params[name][mask].min()
 
 
 def test_a_tensor_of_zeros_goes_first_and_an_infinity_last():
