@@ -140,7 +140,8 @@ def shared_masks(groups: list[Shared], inputs: Inputs) -> dict[str, Iterator[Ten
     """
     try:
         counted = [piece for shared in groups for piece in _counted(shared, inputs)]
-        outcomes = count_down([group for _, group in counted])
+        # One after the other: buckets of many tensors at once would fill the memory.
+        outcomes = [count_down([group])[0] for _, group in counted]
     except NaNError:
         for shared in groups:
             _refuse_nan(shared, inputs)
