@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -81,7 +81,8 @@ class RIA:
         if weight.numel() == 0:
             return wide(weight)
         infinite = weight.isinf()
-        sizes = _brought_to_one(wide(weight).abs().masked_fill(infinite, 0))
+        sizes = wide(weight).abs().masked_fill(infinite, 0)
+        _scale_(sizes, exponent_of(sizes))  # the largest is 1 or less: no sum leaves float64
         column = [n if dim == 0 else 1 for dim, n in enumerate(weight.shape)]
         row = [1 if dim == 0 else n for dim, n in enumerate(weight.shape)]
         share = _share(sizes, column) + _share(sizes, row)
@@ -126,13 +127,15 @@ class LAMP:
         """Return scores in [0, 1], of infinite weights inf, in float64 (mps: float32)."""
         sizes = weight.detach().reshape(-1).cpu().abs()
         order = _order(sizes)
-        ranked = sizes[order].double()
-        first, last = int((ranked == 0).sum()), int(ranked.isfinite().sum())
-        squares = _brought_to_one(ranked[first:last]).square()
-        left = squares.flip(0).cumsum(0).flip(0)
-        scores = torch.full(ranked.shape, math.inf, dtype=wide_dtype(weight))
-        scores[:first] = 0
-        scores[first:last] = _told_apart((squares / left).to(scores.dtype))
+        ranked = sizes[order].double().numpy()
+        first, last = ranked.searchsorted(0, "right"), ranked.searchsorted(math.inf)
+        if first < last:
+            shares = ranked[first:last]  # infinite ones and zeros have their scores
+            _scale_(shares, -math.frexp(shares[-1])[1])
+            shares *= shares
+            shares /= shares[::-1].cumsum()[::-1]
+        scores = torch.from_numpy(ranked).to(wide_dtype(weight))
+        scores[first:last] = _told_apart(scores[first:last])
         found = torch.empty_like(scores).scatter_(0, order, scores)
         return found.to(weight.device).view(weight.shape)
 
@@ -149,10 +152,10 @@ def _order(sizes: Tensor) -> Tensor:
     return torch.from_numpy(keys & 0xFFFFFFFF)
 
 
-def _brought_to_one(sizes: Tensor) -> Tensor:
-    """Multiply by the power of two that brings the largest to [0.5, 1)."""
-    exponent = exponent_of(sizes) if sizes.numel() else 0
-    return sizes * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
+def _scale_(sizes: Any, exponent: int) -> None:
+    """Multiply in place by a power of two, in two factors, each of which is a float."""
+    sizes *= 2.0 ** (exponent // 2)
+    sizes *= 2.0 ** (exponent - exponent // 2)
 
 
 def _told_apart(scores: Tensor) -> Tensor:
