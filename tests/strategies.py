@@ -154,6 +154,7 @@ PATTERNS = {
     "channel of dim 1, global": Channel(1, scope="global"),
     "kernel, sum, global": Kernel(norm="sum", scope="global"),
     "block (3, -1), global": Block((3, -1), norm="l1", scope="global"),
+    "2:4, transposable": NM(zeros=2, m=4, transposable=True),
     "channels in rows": Pattern(unit=ChannelUnit(1), group=RowGroup(1)),
 }
 

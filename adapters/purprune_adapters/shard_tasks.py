@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from purprune import ConfigError, Magnitude, Random, Rule, Taylor
-from purprune.patterns import GlobalGroup, Layout
+from purprune.patterns import GlobalGroup, Layout, TransposableGroup
 from purprune.scores import ScoreContext
 from purprune.scoring import check_mask, sparsity_at, unit_layout
 from purprune.sharing import Inputs
@@ -121,8 +121,20 @@ def task_of(name: str, rule: Rule, inputs: Inputs) -> Task:
         None if prev is None else local(prev),
         None if floor is None else local(floor),
         shards,
-        shards is not None and _crosses(name, block, layout, shards.axes),
+        shards is not None
+        and any(
+            _crosses(name, block, groups, shards.axes)
+            for groups in (layout, *_turned(rule, weight))
+        ),
     )
+
+
+def _turned(rule: Rule, weight: Tensor) -> list[Layout]:
+    """Return how the columns of transposable blocks are groups; their rows are the layout."""
+    group = rule.pattern.group
+    if not isinstance(group, TransposableGroup):
+        return []
+    return [replace(group, dims=group.dims[::-1]).layout(weight.shape)]
 
 
 def _refuse_other_shards(what: str, given: Tensor | None, shards: Shards | None) -> None:
