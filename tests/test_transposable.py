@@ -169,14 +169,13 @@ _MASKS_OF_FIVE = {k: np.array(even_masks(5, k)) for k in range(1, 5)}
 
 @pytest.mark.slow
 def test_blocks_of_six_are_the_first_best_of_all():
-    """Defends the flow against all 67,950 and 297,200 masks of a block."""
-    for k in (2, 3):
-        masks = np.array(even_masks(6, k)).reshape(-1, 36)
-        for seed in range(40):
-            w = torch.randint(0, 3 + seed, (6, 6), generator=torch.Generator().manual_seed(seed))
-            best = masks[(masks @ w.numpy().reshape(36)).argmax()].reshape(6, 6)
-            got = mask_of(w.float(), Rule(pattern=NM(k, 6, transposable=True)))
-            assert np.array_equal(got.numpy(), best)
+    """Defends the flow against all 67,950 masks of a block."""
+    masks = np.array(even_masks(6, 2)).reshape(-1, 36)
+    for seed in range(60):
+        w = torch.randint(0, 3 + seed, (6, 6), generator=torch.Generator().manual_seed(seed))
+        best = masks[(masks @ w.numpy().reshape(36)).argmax()].reshape(6, 6)
+        got = mask_of(w.float(), Rule(pattern=NM(2, 6, transposable=True)))
+        assert np.array_equal(got.numpy(), best)
 
 
 def gains_on_cycles(block: np.ndarray, keep: np.ndarray) -> bool:
