@@ -46,7 +46,8 @@ def cheapest(costs: Ints, k: int, gone: Bools, kept: Bools) -> Bools:
         taken[..., active] = _one_moved(costs[..., active], taken[..., active], free, k)
     tight = _tight(costs, taken, ~(gone | kept))
     tied = np.flatnonzero(tight.any(axis=(0, 1)))
-    taken[..., tied] = _first_of_equals(taken[..., tied], tight[..., tied])
+    if tied.size:
+        taken[..., tied] = _first_of_equals(taken[..., tied], tight[..., tied])
     return taken
 
 
@@ -136,6 +137,9 @@ def _first_of_equals(taken: Bools, tight: Bools) -> Bools:
     taken, tight = taken.copy(), tight.copy()
     for i, j in np.ndindex(*taken.shape[:2]):
         each = np.flatnonzero(tight[i, j] & ~taken[i, j])
+        tight[i, j] = False  # settled
+        if not each.size:
+            continue
         part, free = taken[..., each], tight[..., each]
         start = np.full(part.shape[1:], _FAR)
         start[j] = 0
@@ -147,5 +151,4 @@ def _first_of_equals(taken: Bools, tight: Bools) -> Bools:
         paths.walk_back(part, column)
         part[i, j] = True
         taken[..., each[there]] = part
-        tight[i, j] = False
     return taken
