@@ -22,8 +22,8 @@ from purprune.patterns import Kernel as Kernel
 from purprune.patterns import Pattern as Pattern
 from purprune.patterns import Unstructured as Unstructured
 from purprune.permutation import kept_magnitude as kept_magnitude
-from purprune.permutation import permute_inputs as permute_inputs
 from purprune.permutation import search_permutation as search_permutation
+from purprune.permuting import permute_inputs as permute_inputs
 from purprune.planning import Plan as Plan
 from purprune.planning import plan as plan
 from purprune.schedules import ConstantSparsity as ConstantSparsity

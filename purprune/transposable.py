@@ -25,7 +25,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,29 +47,22 @@ _DIGIT = 3
 _NEVER = -(1 << 60)
 
 
-class _Blocks(NamedTuple):
-    """A tensor seen as blocks: its dims are blocks down, rows, blocks across, columns, others."""
-
-    view: Any
-    m: int
-
-    def parts(self) -> tuple[int, range]:
-        """Return along which dim to cut, and where the parts begin."""
-        sizes = [0 if d in (1, 3) else n for d, n in enumerate(self.view.shape)]
-        at = sizes.index(max(sizes))
-        step = max(1, _CHUNK * sizes[at] // max(self.view.size, 1))
-        return at, range(0, sizes[at], step)
-
-    def read(self, where: tuple[slice, ...]) -> Any:
-        """Return a part as a view of rows, columns, and blocks in all further dims."""
-        return np.moveaxis(self.view[where], (1, 3), (0, 1))
-
-
-def _blocks(values: Any, group: TransposableGroup) -> _Blocks:
-    axes, m = group.axes(values.shape), group.m
-    moved = np.moveaxis(values, axes, (0, 1))
+def _blocks(values: Any, group: TransposableGroup) -> Any:
+    """Return a view with the dims blocks down, rows, blocks across, columns, and all others."""
+    moved, m = np.moveaxis(values, group.axes(values.shape), (0, 1)), group.m
     down, across, *others = moved.shape
-    return _Blocks(moved.reshape(down // m, m, across // m, m, *others), m)
+    return moved.reshape(down // m, m, across // m, m, *others)
+
+
+def _parts(blocks: Any) -> tuple[int, range]:
+    """Return along which dim to cut between blocks, and where the parts begin."""
+    sizes = [0 if d in (1, 3) else n for d, n in enumerate(blocks.shape)]
+    at = sizes.index(max(sizes))
+    return at, range(0, sizes[at], max(1, _CHUNK * sizes[at] // max(blocks.size, 1)))
+
+
+def _lines_first(blocks: Any) -> Any:
+    return np.moveaxis(blocks, (1, 3), (0, 1))
 
 
 def _flat(part: Any) -> Any:
@@ -104,16 +97,16 @@ def keep_largest_sum(
     keep = np.empty(scores.shape, np.bool_)
     into = _blocks(keep, group)
     given = [None if x is None else _blocks(x.cpu().numpy(), group) for x in (prev, floor)]
-    at, starts = values.parts()
+    at, starts = _parts(values)
     k = count(group.m, sparsity)
 
     def select(some: Sequence[int]) -> None:
         for start in some:
             where = (slice(None),) * at + (slice(start, start + starts.step),)
-            part = values.read(where)
+            part = _lines_first(values[where])
             worth = _integers(_flat(part).astype(np.float64), absolute)
-            before, least = (None if x is None else ~_flat(x.read(where)) for x in given)
-            into.read(where)[...] = _kept(worth, k, before, least).reshape(part.shape)
+            before, least = (None if x is None else ~_flat(_lines_first(x[where])) for x in given)
+            _lines_first(into[where])[...] = _kept(worth, k, before, least).reshape(part.shape)
 
     in_threads(select, starts)
     return torch.from_numpy(keep).to(scores.device)
@@ -253,6 +246,5 @@ def _refuse_uneven(what: str, name: str, group: TransposableGroup, mask: Tensor 
 
 def lines_kept(mask: Tensor, group: TransposableGroup) -> tuple[Ints, Ints]:
     """Return how many entries each row and each column of a block keeps, shaped (m, blocks)."""
-    part = _blocks(mask.cpu().numpy(), group).view  # blocks down, rows, across, columns, others
-    rows, columns = np.moveaxis(part.sum(axis=3), 1, 0), np.moveaxis(part.sum(axis=1), 2, 0)
-    return rows.reshape(group.m, -1), columns.reshape(group.m, -1)
+    kept = _flat(_lines_first(_blocks(mask.cpu().numpy(), group)))
+    return kept.sum(axis=1), kept.sum(axis=0)

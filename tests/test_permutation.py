@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from purprune import NM, ConfigError, NaNError, Rule, SelectionError, compute_masks
-from purprune.permutation import inverse, kept_magnitude, permute_inputs, search_permutation
+from purprune.permutation import kept_magnitude, search_permutation
+from purprune.permuting import inverse, permute_inputs
 from strategies import DTYPES, any_values, exact_values, views, weights
 
 
