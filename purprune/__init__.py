@@ -26,6 +26,9 @@ from purprune.patterns import GlobalGroup as GlobalGroup
 from purprune.patterns import Kernel as Kernel
 from purprune.patterns import Pattern as Pattern
 from purprune.patterns import Unstructured as Unstructured
+from purprune.permutation import kept_magnitude as kept_magnitude
+from purprune.permutation import search_permutation as search_permutation
+from purprune.permuting import permute_inputs as permute_inputs
 from purprune.phases import Alternating as Alternating
 from purprune.planning import Plan as Plan
 from purprune.planning import plan as plan
