@@ -7,6 +7,9 @@ from purprune.errors import ConfigError as ConfigError
 from purprune.errors import NaNError as NaNError
 from purprune.errors import SelectionError as SelectionError
 from purprune.given import infer_masks as infer_masks
+from purprune.layer_scores import LAMP as LAMP
+from purprune.layer_scores import RIA as RIA
+from purprune.layer_scores import Wanda as Wanda
 from purprune.masks import Count as Count
 from purprune.masks import Sparsity as Sparsity
 from purprune.masks import apply_masks as apply_masks
@@ -29,6 +32,9 @@ from purprune.planning import plan as plan
 from purprune.schedules import ConstantSparsity as ConstantSparsity
 from purprune.schedules import PolynomialDecay as PolynomialDecay
 from purprune.schedules import Ramp as Ramp
+from purprune.scores import Fisher as Fisher
+from purprune.scores import Given as Given
+from purprune.scores import Gradient as Gradient
 from purprune.scores import Magnitude as Magnitude
 from purprune.scores import Random as Random
 from purprune.scores import ScoreContext as ScoreContext

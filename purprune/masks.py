@@ -41,6 +41,7 @@ def compute_masks(
     prev: Mapping[str, Tensor] | None = None,
     floor: Mapping[str, Tensor] | None = None,
     grads: Mapping[str, Tensor | None] | None = None,
+    stats: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Return the masks in force at ``step``, one for every parameter that a rule is for.
 
@@ -56,6 +57,7 @@ def compute_masks(
         floor: masks that hold at every step, such as those of a model that was pruned before.
             What they prune is pruned, whatever the sparsity: first they, then ``prev``.
         grads: gradients by name, for scores that need them.
+        stats: statistics by name, for scores that need them: ``{"fc.weight": {"input_norm": x}}``.
 
     Returns:
         Bool masks by name, True = keep; names that no rule is for are absent. A mask may be an
@@ -70,7 +72,7 @@ def compute_masks(
     >>> compute_masks(params, 0, Rule(target_sparsity=0.75))
     {'fc.weight': tensor([[ True, False, False, False]])}
     """
-    return dict(iter_masks(params, step, cfg, prev=prev, floor=floor, grads=grads))
+    return dict(iter_masks(params, step, cfg, prev=prev, floor=floor, grads=grads, stats=stats))
 
 
 def iter_masks(
@@ -81,6 +83,7 @@ def iter_masks(
     prev: Mapping[str, Tensor] | None = None,
     floor: Mapping[str, Tensor] | None = None,
     grads: Mapping[str, Tensor | None] | None = None,
+    stats: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and masks of :func:`compute_masks` one at a time.
 
@@ -101,12 +104,19 @@ def iter_masks(
     shapes = described(params)
     step = check_step(step)
     rules = select(as_config(cfg), shapes).rules
-    for what, given in (("prev", prev), ("floor", floor), ("grads", grads)):
+    for what, given in (("prev", prev), ("floor", floor), ("grads", grads), ("stats", stats)):
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f"Expected {what} as a dict by name; got {type(given).__name__}.")
-    inputs = Inputs(params, step, dict(prev or {}), dict(floor or {}), dict(grads or {}))
-    _refuse_strangers(inputs.prev, shapes)
-    _refuse_strangers(inputs.floor, shapes)
+    inputs = Inputs(
+        params, step, dict(prev or {}), dict(floor or {}), dict(grads or {}), dict(stats or {})
+    )
+    for masks in inputs.given.values():
+        _refuse_strangers("masks", masks, shapes)
+    _refuse_strangers("statistics", inputs.stats, shapes)
+    for name, found in inputs.stats.items():
+        if not isinstance(found, Mapping):
+            got = type(found).__name__
+            raise TypeError(f"Expected stats[{name!r}] as a dict by statistic; got {got}.")
     return _masks(rules, shared_groups(rules, shapes), inputs)
 
 
@@ -154,11 +164,11 @@ def _mask(name: str, rule: Rule, inputs: Inputs) -> Tensor:
     return spread(keep, block, weight.shape)
 
 
-def _refuse_strangers(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
-    for name in masks:
+def _refuse_strangers(what: str, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
+    for name in given:
         if name not in params:
             raise KeyError(
-                f"Expected masks of known parameters; got {name!r}.{near_misses(name, params)}"
+                f"Expected {what} of known parameters; got {name!r}.{near_misses(name, params)}"
             )
 
 
@@ -172,7 +182,7 @@ def apply_masks(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> di
     {'w': tensor([1., 0.]), 'b': tensor([1.])}
     """
     check_params(params)
-    _refuse_strangers(masks, params)
+    _refuse_strangers("masks", masks, params)
     return {
         name: _masked(name, weight, masks[name]) if name in masks else weight
         for name, weight in params.items()

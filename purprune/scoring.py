@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from purprune.config import Rule
+from purprune.context import ScoreContext, full_precision
 from purprune.errors import ConfigError
 from purprune.patterns import Layout, Norm
 from purprune.ranking import refuse_nan
-from purprune.scores import Magnitude, Random, ScoreContext, Taylor, full_precision
+from purprune.scores import Magnitude, OwnScore
 from purprune.units import grid_shape, is_entry, spread
 
 
@@ -99,6 +100,8 @@ def readable(name: str, weight: Tensor) -> Tensor:
 def entry_scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
     """Return one score per entry; raise when the rule's score returns anything else."""
     gradient = context.gradient
+    if gradient is None and "gradient" in context.stats:
+        gradient = context.stat("gradient", weight.shape)
     if gradient is not None:
         if gradient.shape != weight.shape:
             raise ConfigError(
@@ -106,7 +109,7 @@ def entry_scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
                 f"got {tuple(gradient.shape)}."
             )
         context = replace(context, gradient=full_precision(gradient.detach()))
-    own = isinstance(rule.score, Taylor | Random)
+    own = isinstance(rule.score, OwnScore)
     scores = rule.score(full_precision(weight) if own else full_precision(weight).clone(), context)
     if not isinstance(scores, Tensor) or scores.shape != weight.shape:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from purprune.config import Rule
+from purprune.context import ScoreContext
 from purprune.counting import Group, Outcome, Part, count_down, keep
 from purprune.errors import ConfigError, NaNError
 from purprune.patterns import GlobalGroup
 from purprune.ranking import count, refuse_nan, widest
-from purprune.scores import Magnitude, Random, ScoreContext, Taylor
+from purprune.scores import Magnitude, OwnScore, Random
 from purprune.scoring import (
     kept_units,
     norm_of,
@@ -45,6 +46,7 @@ class Inputs(NamedTuple):
     prev: Mapping[str, Tensor]
     floor: Mapping[str, Tensor]
     grads: Mapping[str, Tensor | None]
+    stats: Mapping[str, Mapping[str, Tensor]]
 
     @property
     def given(self) -> dict[str, Mapping[str, Tensor]]:
@@ -59,7 +61,7 @@ class Inputs(NamedTuple):
 
     def context(self, name: str) -> ScoreContext:
         """Return what a parameter's score may know."""
-        return ScoreContext(name, self.step, self.grads.get(name))
+        return ScoreContext(name, self.step, self.grads.get(name), self.stats.get(name, {}))
 
 
 class Member(NamedTuple):
@@ -185,10 +187,12 @@ def _kept(name: str, shared: Shared, inputs: Inputs) -> list[Tensor | None]:
 def _dtype(shared: Shared, inputs: Inputs) -> torch.dtype:
     """Return in what the scores of all members are ranked."""
     score = shared.rule.score
-    if not shared.of_entries or isinstance(score, Taylor):
+    if not shared.of_entries:
         return shared.wide
     if isinstance(score, Magnitude):
         return widest(member.like.dtype for member in shared.members.values())
+    if isinstance(score, OwnScore):  # nothing is read for it
+        return torch.int64 if isinstance(score, Random) else shared.wide
     is_float = _raw(shared, inputs, next(iter(shared.members))).is_floating_point()
     return shared.wide if is_float else torch.int64
 

@@ -10,7 +10,7 @@ import torch
 from oracles import prune_oracle
 from purprune import PolynomialDecay, PruneConfig, Rule, ScoreContext, apply_masks, compute_masks
 from purprune import plan as make_plan
-from strategies import PATTERNS, SCORES, exact_sparsity, target_of
+from strategies import PATTERNS, SCORES, exact_sparsity, stats_for, target_of
 
 
 @pytest.fixture(params=list(PATTERNS))
@@ -32,7 +32,8 @@ def _case(shape=(10, 7, 3)):
 
 def _mask(params, grads, rule, step=0, prev=None):
     config = PruneConfig().set_module_name("w", rule)
-    return compute_masks(params, step, config, prev=prev, grads=grads)["w"]
+    stats = {"w": stats_for(params["w"])}
+    return compute_masks(params, step, config, prev=prev, grads=grads, stats=stats)["w"]
 
 
 @pytest.mark.parametrize("s", [0.0, 0.29, 0.5, 1.0])
@@ -40,7 +41,7 @@ def test_the_mask_is_the_oracles(score, pattern, s):
     """Defends count, order and shape of every score with every pattern."""
     params, grads = _case()
     rule = Rule(target_of(pattern, s), score=score, pattern=pattern)
-    scores = score(params["w"], ScoreContext("w", 0, grads["w"]))
+    scores = score(params["w"], ScoreContext("w", 0, grads["w"], stats_for(params["w"])))
     expected = prune_oracle(scores, pattern, exact_sparsity(pattern, s))
     assert torch.equal(_mask(params, grads, rule), expected)
 
@@ -63,7 +64,8 @@ def test_counts_are_the_planned_ones(score, pattern):
     )
     planned = make_plan(params, config)
     (row,) = planned.tensors
-    mask = compute_masks(params, 0, config, grads=grads)["w"]
+    stats = {"w": stats_for(params["w"])}
+    mask = compute_masks(params, 0, config, grads=grads, stats=stats)["w"]
     whole = torch.ones_like(params["w"]).masked_fill(~mask, 0)
     units = {
         tuple(i // b for i, b in zip(index, row.unit, strict=True))

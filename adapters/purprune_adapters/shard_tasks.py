@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from purprune import ConfigError, Magnitude, Random, Rule, Taylor
+from purprune import ConfigError, Magnitude, Rule
+from purprune.context import ScoreContext
 from purprune.patterns import GlobalGroup, Layout
-from purprune.scores import ScoreContext
+from purprune.scores import needs_of
 from purprune.scoring import check_mask, sparsity_at, unit_layout
 from purprune.sharing import Inputs
 from purprune.units import grid_shape, is_entry
@@ -103,6 +104,7 @@ def task_of(name: str, rule: Rule, inputs: Inputs) -> Task:
     """Check everything that all processes see alike, so that all of them raise or none."""
     weight, grad = inputs.params[name], inputs.grads.get(name)
     prev, floor = inputs.prev.get(name), inputs.floor.get(name)
+    _refuse_statistics(name, rule)
     block, layout = unit_layout(name, rule, weight.shape)
     shards = shards_of(name, weight) if isinstance(weight, DTensor) else None
     _refuse_other_shards(f"the gradient of {name!r}", grad, shards)
@@ -137,10 +139,19 @@ def _refuse_other_shards(what: str, given: Tensor | None, shards: Shards | None)
         )
 
 
+def _refuse_statistics(name: str, rule: Rule) -> None:
+    """Refuse what nobody could pass: masks of shards take gradients, and no other statistic."""
+    if missing := [need for need in needs_of(rule.score) if need != "gradient"]:
+        raise ConfigError(
+            f"Expected a score without statistics for the shards of {name!r}; got {rule.score!r}, "
+            f"which needs {', '.join(missing)}. Compute the masks of whole weights with "
+            f"purprune.compute_masks, and give them to the Pruner: masks=..."
+        )
+
+
 def _refuse_wide_score(name: str, rule: Rule) -> None:
     score = rule.score
-    own = isinstance(score, Magnitude | Taylor | Random)
-    if not own and not getattr(score, "elementwise", False):
+    if not getattr(score, "elementwise", False):
         raise ConfigError(
             f"Expected a score for the shards of {name!r} that looks at one entry at a time; got "
             f"{score!r}. If it does, say so with an attribute: score.elementwise = True."

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from purprune import ConfigError, Magnitude, PruneConfig, Random, Rule, compute_masks
 from purprune.config import as_config
+from purprune.context import ScoreContext
 from purprune.counting import Group, alone, count_down, keep
 from purprune.masks import check_step
 from purprune.patterns import GlobalGroup
 from purprune.ranking import count, nan_error, refuse_extremes
-from purprune.scores import ScoreContext
 from purprune.scoring import entry_scores, kept_units, readable
 from purprune.selection import check_params, select
 from purprune.sharing import Inputs, group_of, shared_groups
@@ -70,7 +70,7 @@ def sharded_masks(
     check_params(params)
     step = check_step(step)
     rules = select(as_config(cfg), params).rules
-    inputs = Inputs(params, step, dict(prev or {}), dict(floor or {}), dict(grads or {}))
+    inputs = Inputs(params, step, dict(prev or {}), dict(floor or {}), dict(grads or {}), {})
     tasks = [task_of(name, rule, inputs) for name, rule in rules.items()]
     single = [task for task in tasks if not task.is_counted]
     counts = _counts([task for task in tasks if task.is_counted])
@@ -151,7 +151,8 @@ def _alone(task: Task, given: GivenScore) -> Tensor:
         {task.name: task.held},
         task.context.step,
         PruneConfig(module_name_configs={task.name: task.with_scores(given)}),
-        **{what: {task.name: mask} for what, mask in task.given.items()},
+        prev=None if task.prev is None else {task.name: task.prev},
+        floor=None if task.floor is None else {task.name: task.floor},
     )[task.name]
 
 
@@ -210,7 +211,7 @@ def _group(tasks: Sequence[Task], given: GivenScore) -> Group:
     )
     (shared,) = shared_groups(dict.fromkeys(held, rule), held)
     # Squares of less than float64 need no scale.
-    own = group_of(shared, Inputs(held, tasks[0].context.step, prev, floor, {}), scale=0)
+    own = group_of(shared, Inputs(held, tasks[0].context.step, prev, floor, {}, {}), scale=0)
     parts = [
         part._replace(shape=task.grid, offset=task.first_unit)
         for part, task in zip(own.parts, tasks, strict=True)

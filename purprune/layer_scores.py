@@ -1,0 +1,154 @@
+"""Scores that compare an entry with the rest of its layer, or with the layer's inputs.
+
+Infinite weights rank highest and take no part in the sums of the others. Sums run in one order,
+whatever the strides, the threads or the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import field
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import AfterValidator
+from torch import Tensor
+
+from purprune.context import ScoreContext, wide, wide_stat
+from purprune.units import exponent_of, unit_scores
+from purprune.values import StrictFloat, StrictInt, value
+
+
+@value
+class Wanda:
+    """``score = |w[i, j]| * ||x[j]||``: the weight times the norm of the inputs that it sees.
+
+    Needs the statistic ``input_norm``, of shape ``weight.shape[1:]``: the L2 norm of each input
+    feature over all tokens or patches, for layers with their outputs along dim 0. The paper
+    compares within each output: use it with rows as groups,
+    ``Pattern(group={"kind": "row", "dim": 0})``, or with ``NM``.
+
+    Source: Sun et al., "A simple and effective pruning approach for large language models", 2023
+    (arXiv:2306.11695), equation 1.
+
+    >>> context = ScoreContext("w", step=0, stats={"input_norm": torch.tensor([8.0, 1.0])})
+    >>> Wanda()(torch.tensor([[1.0, -3.0]]), context)
+    tensor([[8., 3.]], dtype=torch.float64)
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("input_norm",)
+    elementwise: ClassVar[bool] = False
+    kind: Literal["wanda"] = field(default="wanda", repr=False, kw_only=True)
+
+    def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
+        """Return ``|weight| * input_norm`` in float64 (mps: float32)."""
+        return wide(weight).abs() * wide_stat(weight, context, "input_norm", weight.shape[1:])
+
+
+def _not_negative(power: float) -> float:
+    if not 0 <= power < math.inf:
+        raise ValueError(f"expected a power >= 0; got {power!r}.")
+    return power
+
+
+@value
+class RIA:
+    """The weight relative to its input and its output channel, times the norm of its inputs.
+
+    ``score = (|w[i, j]| / sum_i |w[i, j]| + |w[i, j]| / sum_j |w[i, j]|) * ||x[j]|| ** power``,
+    so that no channel is pruned as a whole because its weights are small. ``i`` runs along dim 0,
+    ``j`` along all other dims together. In a channel of zeros the share is 0. Needs the statistic
+    ``input_norm``, as :class:`Wanda` does; the paper uses it with ``NM`` and with rows as groups.
+
+    Source: Zhang et al., "Plug-and-play: an efficient post-training pruning method for large
+    language models", ICLR 2024, equation 4; ``power`` is its ``a``.
+
+    >>> context = ScoreContext("w", step=0, stats={"input_norm": torch.tensor([4.0, 1.0])})
+    >>> RIA()(torch.tensor([[1.0, -3.0], [1.0, 0.0]]), context)
+    tensor([[1.5000, 1.7500],
+            [3.0000, 0.0000]], dtype=torch.float64)
+    """
+
+    power: Annotated[StrictInt | StrictFloat, AfterValidator(_not_negative)] = 0.5
+    needs: ClassVar[tuple[str, ...]] = ("input_norm",)
+    elementwise: ClassVar[bool] = False
+    kind: Literal["ria"] = field(default="ria", repr=False, kw_only=True)
+
+    def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
+        """Return the sum of both shares times ``input_norm ** power`` in float64 (mps: float32)."""
+        norm = wide_stat(weight, context, "input_norm", weight.shape[1:])
+        if weight.numel() == 0:
+            return wide(weight)
+        infinite = weight.isinf()
+        sizes = _brought_to_one(wide(weight).abs().masked_fill(infinite, 0))
+        column = [n if dim == 0 else 1 for dim, n in enumerate(weight.shape)]
+        row = [1 if dim == 0 else n for dim, n in enumerate(weight.shape)]
+        share = _share(sizes, column) + _share(sizes, row)
+        return (share * _power(norm, self.power)).masked_fill(infinite, math.inf)
+
+
+def _share(sizes: Tensor, block: list[int]) -> Tensor:
+    """Return what each entry has of the sum over its block."""
+    total = unit_scores(sizes, block, "l1")
+    return torch.where(total > 0, sizes / total, 0)
+
+
+def _power(norm: Tensor, power: float) -> Tensor:
+    """Raise to a power by numpy in one thread: vectors of torch round by where they begin."""
+    raised = np.power(norm.cpu().contiguous().numpy(), power)
+    return torch.as_tensor(raised, dtype=norm.dtype, device=norm.device)
+
+
+@value
+class LAMP:
+    """``score = w[u]**2 / sum of w[v]**2`` over all v that come at or after u in the tensor.
+
+    The order is that of magnitude and flat index. Within a tensor LAMP so prunes by magnitude, and
+    between tensors by the share of what is left: use it with ``scope="global"``. No tensor loses
+    its largest entry before all others lost all but theirs. Zeros have the score 0.
+
+    Scores of one tensor are told apart where float64 would round them together: masks within a
+    tensor are those of magnitude, whatever its size and range.
+
+    Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021
+    (arXiv:2010.07611), equation 3.
+
+    >>> LAMP()(torch.tensor([-3.0, 1.0, 0.0, 1.0]), ScoreContext("w", step=0))
+    tensor([1.0000, 0.0909, 0.0000, 0.1000], dtype=torch.float64)
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    elementwise: ClassVar[bool] = False
+    kind: Literal["lamp"] = field(default="lamp", repr=False, kw_only=True)
+
+    def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
+        """Return scores in [0, 1], of infinite weights inf, in float64 (mps: float32)."""
+        sizes = weight.reshape(-1).cpu().double().abs()
+        ranked, order = sizes.sort(stable=True)
+        first, last = int((ranked == 0).sum()), int(ranked.isfinite().sum())
+        squares = _brought_to_one(ranked[first:last]).square()
+        left = squares.flip(0).cumsum(0).flip(0)
+        scores = torch.full(ranked.shape, math.inf, dtype=wide(weight[..., :0]).dtype)
+        scores[:first] = 0
+        scores[first:last] = _told_apart((squares / left).to(scores.dtype))
+        return (
+            torch.empty_like(scores).scatter_(0, order, scores).to(weight.device).view(weight.shape)
+        )
+
+
+def _brought_to_one(sizes: Tensor) -> Tensor:
+    """Multiply by the power of two that brings the largest to [0.5, 1)."""
+    exponent = exponent_of(sizes) if sizes.numel() else 0
+    return sizes * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
+
+
+def _told_apart(scores: Tensor) -> Tensor:
+    """Raise scores to the next floats where they would not rise strictly, the first above 0.
+
+    Positive floats order like their bits: ``bits[i] = max(bits[i], bits[i - 1] + 1)``.
+    """
+    word = torch.int64 if scores.dtype == torch.float64 else torch.int32
+    at = torch.arange(len(scores), dtype=word)
+    bits = scores.view(word).clamp_min(1) - at
+    return (bits.cummax(0).values + at if len(scores) else bits).view(scores.dtype)
