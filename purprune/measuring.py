@@ -34,6 +34,7 @@ def sensitivity(
     cfg: PruneConfig | Rule | Mapping[str, Any],
     *,
     grads: Mapping[str, Tensor | None] | None = None,
+    stats: Mapping[str, Mapping[str, Tensor]] | None = None,
     weight: float = 1.0,
     chunk_bytes: int = 1 << 28,
     vectorize: bool = True,
@@ -59,6 +60,7 @@ def sensitivity(
         levels: sparsities in [0, 1], ascending.
         cfg: a :class:`PruneConfig`, a :class:`Rule` for everything, or a dict.
         grads: gradients by name, for scores that need them.
+        stats: statistics by name, for scores that need them.
         weight: what the result counts in :func:`mean_sensitivity`, such as the batch's size.
         chunk_bytes: the memory of the masked weights of a chunk.
         vectorize: False calls ``loss_fn`` once per tensor and level, for one that ``vmap`` refuses.
@@ -89,7 +91,8 @@ def sensitivity(
     dense = run(first, [torch.ones_like(params[first], dtype=torch.bool)])
     curves = {}
     for name, rule in rules.items():
-        masks = (_mask(name, rule, level, params, grads) for level in empty.levels)
+        configs = (_alone(name, rule, level) for level in empty.levels)
+        masks = (compute_masks(params, 0, c, grads=grads, stats=stats)[name] for c in configs)
         size = max(1, chunk_bytes // max(1, params[name].nbytes))
         curves[name] = torch.cat([_pruned(run, name, some, dense) for some in _chunks(masks, size)])
     return replace(empty, dense=float(dense), losses=curves)
@@ -106,20 +109,13 @@ def _check_bytes(chunk_bytes: int) -> int:
     return chunk_bytes
 
 
-def _mask(
-    name: str,
-    rule: Rule,
-    level: float | Fraction,
-    params: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor | None] | None,
-) -> Tensor:
-    """Return the mask of one tensor at a level, whatever target its rule or pattern sets."""
+def _alone(name: str, rule: Rule, level: float | Fraction) -> PruneConfig:
+    """Return a config for one tensor at a level, whatever target its rule or pattern sets."""
     pattern = rule.pattern
     if isinstance(pattern.group, GlobalGroup):
         pattern = replace(pattern, group=TensorGroup())
     alone = Rule(schedule=lambda step: level, score=rule.score, pattern=pattern)
-    cfg = PruneConfig(module_name_configs={name: alone})
-    return compute_masks({name: params[name]}, 0, cfg, grads=grads)[name]
+    return PruneConfig(module_name_configs={name: alone})
 
 
 def _pruned(run: Run, name: str, masks: list[Tensor], dense: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from purprune.config import PruneConfig, Rule
+from purprune.context import ScoreContext
 from purprune.errors import ConfigError
+from purprune.layer_scores import Wanda
 from purprune.ranking import refuse_nan
 from purprune.scoring import readable
 from purprune.targets import Quota, divided
@@ -53,7 +55,8 @@ def allocate_by_outliers(
             paper's layer is a transformer block. None: each tensor is a layer.
 
     Raises:
-        ConfigError: statistics are missing or of another shape, or the spread leaves [0, 1].
+        ValueError: a statistic is missing.
+        ConfigError: one has another shape, or the spread leaves [0, 1].
         NaNError: a weight or a statistic holds NaN.
 
     Source: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", 2024 (arXiv:2310.05175).
@@ -70,23 +73,20 @@ def allocate_by_outliers(
     if not 0 <= exact(spread) <= 1:
         raise ConfigError(f"Expected a spread in [0, 1]; got {spread}.")
 
+    def metric(name: str) -> Tensor:
+        found = Wanda()(
+            readable(name, params[name]), ScoreContext(name, 0, None, stats.get(name, {}))
+        )
+        refuse_nan(found, f"the weight {name!r} times its input_norm")
+        return found
+
     def divide(family: Sequence[Quota], total: int) -> tuple[list[Fraction], list[int]]:
+        target, units = family[0].rule.target, [q.units for q in family]
         layers = [q.name if by is None else by(q.name) for q in family]
-        ratios = {
-            layer: _ratio(
-                [q.name for q, at in zip(family, layers, strict=True) if at == layer],
-                params,
-                stats,
-                threshold,
-            )
-            for layer in dict.fromkeys(layers)
-        }
-        offsets = _offsets([ratios[layer] for layer in layers], [q.units for q in family])
-        target = family[0].rule.target
+        offsets = _offsets(_ratios(family, layers, metric, threshold), units)
         _refuse_spread(exact(spread), offsets, target)
         sparsities = [target - 2 * exact(spread) * offset for offset in offsets]
-        counts = [q.units * s for q, s in zip(family, sparsities, strict=True)]
-        return counts, [q.units for q in family]
+        return [n * s for n, s in zip(units, sparsities, strict=True)], units
 
     return divided(params, cfg, divide)
 
@@ -111,34 +111,28 @@ def _refuse_spread(spread: Fraction, offsets: Sequence[Fraction], target: Fracti
         )
 
 
-def _ratio(
-    names: Sequence[str], params: Mapping[str, Tensor], stats: Stats, threshold: float
-) -> Fraction:
-    """Return the share of outliers among the entries of some tensors together."""
-    entries = sum(params[name].numel() for name in names)
-    total = sum(_sum(_metric(name, params, stats)) for name in names)
+def _ratios(
+    family: Sequence[Quota],
+    layers: Sequence[Hashable],
+    metric: Callable[[str], Tensor],
+    threshold: float,
+) -> list[Fraction]:
+    """Return for each tensor the share of outliers in its layer; one metric is held at a time."""
+    members: dict[Hashable, list[str]] = {}
+    for quota, layer in zip(family, layers, strict=True):
+        members.setdefault(layer, []).append(quota.name)
+    ratios = {layer: _ratio(names, metric, threshold) for layer, names in members.items()}
+    return [ratios[layer] for layer in layers]
+
+
+def _ratio(names: Sequence[str], metric: Callable[[str], Tensor], threshold: float) -> Fraction:
+    sums = [(_sum(found), found.numel()) for found in map(metric, names)]
+    total, entries = map(sum, zip(*sums, strict=True))
     least = threshold * total / max(1, entries)
-    above = sum(int((_metric(name, params, stats) > least).sum()) for name in names)
-    return Fraction(above, max(1, entries))
+    above = sum(int((metric(name) > least).sum()) for name in names)
+    return Fraction(above, max(1, int(entries)))
 
 
 def _sum(metric: Tensor) -> float:
     """Add up in one fixed order, whatever the threads."""
     return float(unit_scores(metric, [max(n, 1) for n in metric.shape], "l1").sum())
-
-
-def _metric(name: str, params: Mapping[str, Tensor], stats: Stats) -> Tensor:
-    norms = stats.get(name, {}).get("input_norm")
-    if norms is None:
-        raise ConfigError(
-            f"Expected stats[{name!r}]['input_norm'], the norms of its inputs; got none."
-        )
-    weight = readable(name, params[name])
-    if norms.shape != weight.shape[1:]:
-        raise ConfigError(
-            f"Expected stats[{name!r}]['input_norm'] of shape {tuple(weight.shape[1:])}; got "
-            f"{tuple(norms.shape)}."
-        )
-    metric = weight.cpu().double().abs() * norms.cpu().double()
-    refuse_nan(metric, f"the outlier metric of {name!r}")
-    return metric

@@ -12,7 +12,7 @@ from torch import Tensor
 from purprune.allocations import apportion
 from purprune.config import PruneConfig, Rule, as_config
 from purprune.errors import ConfigError
-from purprune.patterns import EveryGroup
+from purprune.patterns import EveryGroup, TensorGroup
 from purprune.planning import PlannedTensor, plan
 from purprune.quanta import nearest
 from purprune.ranking import count
@@ -72,7 +72,7 @@ def divided(
 def _total(family: Sequence[Quota]) -> int:
     """Return how many units go: with groups in a tensor, as many as the rule prunes by itself."""
     target = family[0].rule.target
-    if all(quota.size == 1 for quota in family):
+    if isinstance(family[0].rule.pattern.group, TensorGroup):
         return count(sum(quota.units for quota in family), target)
     return sum(quota.size * count(quota.steps, target) for quota in family)
 
