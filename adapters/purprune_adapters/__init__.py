@@ -14,3 +14,5 @@ from purprune_adapters.pruner import Pruner as Pruner
 from purprune_adapters.report import Report as Report
 from purprune_adapters.report import ReportRow as ReportRow
 from purprune_adapters.resolve import resolve as resolve
+from purprune_adapters.sensitivity import measure_sensitivity as measure_sensitivity
+from purprune_adapters.sensitivity import plot_sensitivity as plot_sensitivity
