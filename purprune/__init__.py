@@ -29,7 +29,13 @@ from purprune.patterns import Pattern as Pattern
 from purprune.patterns import Unstructured as Unstructured
 from purprune.planning import Plan as Plan
 from purprune.planning import plan as plan
+from purprune.regrow import SET as SET
+from purprune.regrow import Regrow as Regrow
+from purprune.regrow import RigL as RigL
+from purprune.regrow import StraightThrough as StraightThrough
 from purprune.schedules import ConstantSparsity as ConstantSparsity
+from purprune.schedules import CosineDecay as CosineDecay
+from purprune.schedules import ExponentialDecay as ExponentialDecay
 from purprune.schedules import PolynomialDecay as PolynomialDecay
 from purprune.schedules import Ramp as Ramp
 from purprune.scores import Fisher as Fisher
@@ -42,5 +48,7 @@ from purprune.scores import Taylor as Taylor
 from purprune.selection import LazyParams as LazyParams
 from purprune.sensitivities import Sensitivity as Sensitivity
 from purprune.sensitivities import mean_sensitivity as mean_sensitivity
+from purprune.straight_through import straight_through as straight_through
+from purprune.updating import update_masks as update_masks
 
 __version__ = "0.1.0"

@@ -26,6 +26,7 @@ from pydantic_core import ArgsKwargs, CoreSchema
 
 from purprune.errors import ConfigError, one_line
 from purprune.patterns import NM, Block, Channel, Kernel, Pattern, Unstructured
+from purprune.regrow import AnyRegrow
 from purprune.schedules import ConstantSparsity, Ramp, Schedule
 from purprune.scores import Magnitude, Score
 from purprune.values import KNOWN_KEYS, FrozenDict, SparsityValue, StrictInt, exact, value
@@ -108,6 +109,10 @@ class Rule:
         score: ``"magnitude"``, ``"taylor"``, ``Random(seed)``, or a callable
             ``score(weight, context)``.
         param_name: the parameter below a selected module; None means its weights.
+        regrow: how pruned entries come back: :class:`purprune.Regrow` (:func:`purprune.RigL`,
+            :func:`purprune.SET`), :class:`purprune.StraightThrough`, or None, never.
+            :func:`purprune.update_masks` and the Pruner follow it; :func:`purprune.compute_masks`,
+            which knows no masks of before, does not.
 
     Instead of ``pattern`` the keys of coremltools are taken too: ``granularity``, ``block_size``,
     ``n_m_ratio``, ``dim``; and ``scheduler`` for ``schedule``.
@@ -127,6 +132,7 @@ class Rule:
     pattern: Pattern = Pattern()
     score: Score = Magnitude()
     param_name: str | None = None
+    regrow: AnyRegrow | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -171,6 +177,8 @@ class Rule:
 
     def changes_at(self, step: int) -> bool:
         """Tell whether masks are computed anew at ``step``."""
+        if self.regrow is not None and self.regrow.changes_at(step):
+            return True
         if isinstance(self.schedule, Ramp):
             return self.schedule.changes_at(step)
         return step == 0 or self.sparsity_at(step) != self.sparsity_at(step - 1)

@@ -174,3 +174,33 @@ def polynomial_oracle(
             left = Fraction(last - i, last) if last else Fraction(0)
             value = target + (initial - target) * left**power
     return value
+
+
+def walked(step: int, updates: list[int], at: Any, initial: Any) -> Any:
+    """Return what a training loop holds at a step that puts ``at(i / (L - 1))`` at update i."""
+    value = initial
+    for t in range(step + 1):
+        if t in updates:
+            i, last = updates.index(t), len(updates) - 1
+            value = at(i / last if last else 1.0)
+    return value
+
+
+def cosine_oracle(step: int, updates: list[int], initial: float, target: float) -> float:
+    """Return the sparsity of a cosine ramp in floats."""
+    return walked(
+        step,
+        updates,
+        lambda x: target + (initial - target) * (1 + math.cos(math.pi * x)) / 2,
+        initial,
+    )
+
+
+def exponential_oracle(step: int, updates: list[int], initial: float, target: float) -> float:
+    """Return the sparsity of a ramp of equal factors of the density in floats."""
+
+    def at(x: float) -> float:
+        first, last = 1 - initial, 1 - target
+        return 1 - (0.0 if first == 0 < x < 1 else first * (last / (first or 1)) ** x)
+
+    return target if step >= updates[-1] else walked(step, updates, at, initial)

@@ -27,6 +27,22 @@ def refuse_options_without(optimizer: torch.optim.Optimizer | None, **options: b
             )
 
 
+def refuse_regrow_without(
+    optimizer: torch.optim.Optimizer | None, rules: Mapping[str, Rule], remembers: bool
+) -> None:
+    """Raise when rules need to follow an optimizer, and there is none."""
+    if optimizer is not None:
+        return
+    for name, rule in rules.items():
+        if rule.regrow is not None or remembers:
+            why = "a score that sums over the steps" if rule.regrow is None else "regrow"
+            raise ValueError(
+                f"Expected optimizer=... with {why} in the rule of {name!r}; got None. Pass the "
+                f"optimizer that trains the model: Pruner(model, config, optimizer=optimizer), "
+                f"and prepare(inplace=True)."
+            )
+
+
 def refuse_unfit_parameters(
     params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None
 ) -> None:
