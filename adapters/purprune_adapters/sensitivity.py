@@ -64,18 +64,11 @@ def measure_sensitivity(
 
 
 def plot_sensitivity(curves: Sensitivity, axes: Axes) -> None:
-    """Draw into matplotlib axes by how much the loss grows, a line for each tensor.
-
-    >>> from matplotlib.figure import Figure
-    >>> axes = Figure().add_subplot()
-    >>> plot_sensitivity(Sensitivity(0.5, [0.5, 0.9], {"fc.weight": [0.6, 1.5]}), axes)
-    >>> axes.lines[0].get_ydata().round(2).tolist()
-    [0.0, 0.1, 1.0]
-    """
-    levels = [0.0, *(100 * float(level) for level in curves.levels if level)]
+    """Draw into matplotlib axes by how much the loss grows, a line for each tensor."""
+    levels = [100 * float(level) for level in curves.levels]
     for name, losses in curves.losses.items():
-        grown = [loss - curves.dense for loss in losses.tolist()][-len(levels) + 1 :]
-        axes.plot(levels, [0.0, *grown], marker="o", markersize=4, linewidth=1.5, label=name)
+        grown = {0.0: 0.0, **dict(zip(levels, (losses - curves.dense).tolist(), strict=True))}
+        axes.plot([*grown], [*grown.values()], marker="o", markersize=4, linewidth=1.5, label=name)
     axes.set_xlabel("sparsity of that tensor alone, %")
     axes.set_ylabel("growth of the loss")
     axes.legend(frameon=False)
