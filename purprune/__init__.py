@@ -1,5 +1,7 @@
 """purprune: pruning for PyTorch as pure functions."""
 
+from purprune.allocations import ErdosRenyi as ErdosRenyi
+from purprune.allocations import Uniform as Uniform
 from purprune.config import PruneConfig as PruneConfig
 from purprune.config import Rule as Rule
 from purprune.envelopes import allocate_by_sensitivity as allocate_by_sensitivity
@@ -27,12 +29,17 @@ from purprune.patterns import GlobalGroup as GlobalGroup
 from purprune.patterns import Kernel as Kernel
 from purprune.patterns import Pattern as Pattern
 from purprune.patterns import Unstructured as Unstructured
+from purprune.phases import Alternating as Alternating
 from purprune.planning import Plan as Plan
 from purprune.planning import plan as plan
 from purprune.regrow import SET as SET
 from purprune.regrow import Regrow as Regrow
 from purprune.regrow import RigL as RigL
 from purprune.regrow import StraightThrough as StraightThrough
+from purprune.saliency import gradients as gradients
+from purprune.saliency import grasp_scores as grasp_scores
+from purprune.saliency import iterative_masks as iterative_masks
+from purprune.saliency import synflow_scores as synflow_scores
 from purprune.schedules import ConstantSparsity as ConstantSparsity
 from purprune.schedules import CosineDecay as CosineDecay
 from purprune.schedules import ExponentialDecay as ExponentialDecay

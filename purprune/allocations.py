@@ -1,5 +1,6 @@
 """Allocations: how a total is divided among tensors, in whole units and exactly.
 
+A budget says in which proportions tensors with equal rules keep units of one total.
 :func:`apportion` is a divisor method, that of Webster and Sainte-Lague: seats are given one after
 the other, each to the tensor with the largest ``weight / (2 * seats so far + 1)``. A larger total
 therefore never takes a seat from anybody, so that masks nest as a sparsity grows.
@@ -7,12 +8,123 @@ therefore never takes a seat from anybody, so that masks nest as a sparsity grow
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import field
 from fractions import Fraction
+from typing import Annotated, Any, Literal
 
-from purprune.errors import ConfigError
+from pydantic import BeforeValidator, Discriminator, Strict, Tag
+
+from purprune.errors import ConfigError, near_misses
+from purprune.values import value
+
+
+@value
+class OwnTarget:
+    """No total: the rule's sparsity is that of every tensor, and of every group in it."""
+
+    kind: Literal["own"] = field(default="own", repr=False, kw_only=True)
+
+    def weight(self, shape: Sequence[int], units: int) -> int:
+        """Return in which proportion a tensor of so many units keeps them."""
+        return units
+
+
+@value
+class Uniform:
+    """Units are kept in proportion to how many there are: one sparsity, and an exact total.
+
+    >>> Uniform().weight((8, 4), units=32)
+    32
+    """
+
+    kind: Literal["uniform"] = field(default="uniform", repr=False, kw_only=True)
+
+    def weight(self, shape: Sequence[int], units: int) -> int:
+        """Return in which proportion a tensor of so many units keeps them."""
+        return units
+
+
+@value
+class ErdosRenyi:
+    """Small and narrow tensors keep more: each a share of its units in proportion to its density.
+
+    ``density = eps * sum(shape) / prod(shape)``, at most 1; one eps for all, such that the total is
+    exact. With ``kernel=False`` the shape is that of the first two dims, whatever the kernel. A
+    vector has ``n / n``, the highest density that there is for more than one channel.
+
+    Source: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+    connectivity", 2018 (arXiv:1707.04780); with kernels, Evci et al., "Rigging the lottery", 2020
+    (arXiv:1911.11134).
+
+    >>> ErdosRenyi().weight((8, 4, 3, 3), units=288)
+    Fraction(18, 1)
+    """
+
+    kernel: Annotated[bool, Strict()] = True
+    kind: Literal["erdos_renyi"] = field(default="erdos_renyi", repr=False, kw_only=True)
+
+    def weight(self, shape: Sequence[int], units: int) -> Fraction:
+        """Return in which proportion a tensor of so many units keeps them."""
+        sides = (shape if self.kernel else shape[:2]) or (1,)
+        return Fraction(units * sum(sides), math.prod(sides)) if units else Fraction(0)
+
+
+_BUDGETS: dict[str, dict[str, Any]] = {
+    "own": {"kind": "own"},
+    "uniform": {"kind": "uniform"},
+    "er": {"kind": "erdos_renyi", "kernel": False},
+    "erk": {"kind": "erdos_renyi", "kernel": True},
+}
+
+
+def _named(budget: Any) -> Any:
+    if not isinstance(budget, str):
+        return budget
+    if budget not in _BUDGETS:
+        raise ValueError(
+            f"expected one of {', '.join(map(repr, _BUDGETS))} as budget; got {budget!r}."
+            f"{near_misses(budget, _BUDGETS)}"
+        )
+    return _BUDGETS[budget]
+
+
+def _kind_of_budget(budget: Any) -> str | None:
+    if isinstance(budget, dict):
+        return str(budget.get("kind"))
+    return budget.kind if isinstance(budget, OwnTarget | Uniform | ErdosRenyi) else None
+
+
+Budget = Annotated[
+    Annotated[OwnTarget, Tag("own")]
+    | Annotated[Uniform, Tag("uniform")]
+    | Annotated[ErdosRenyi, Tag("erdos_renyi")],
+    Discriminator(
+        _kind_of_budget,
+        custom_error_type="budget",
+        custom_error_message="one of 'own', 'uniform', 'er', 'erk', or a dict like "
+        "{'kind': 'erdos_renyi', 'kernel': False}",
+    ),
+    BeforeValidator(
+        _named, json_schema_input_type=Literal["own", "uniform", "er", "erk"] | dict[str, Any]
+    ),
+]
+"""What a rule accepts as its budget."""
+
+
+@functools.lru_cache(maxsize=256)  # plans, masks and reports of one step ask alike
+def kept_units(
+    budget: OwnTarget | Uniform | ErdosRenyi,
+    total: int,
+    shapes: tuple[tuple[int, ...], ...],
+    units: tuple[int, ...],
+) -> tuple[int, ...]:
+    """Return how many units each of some tensors keeps, ``total`` in all."""
+    weights = [budget.weight(shape, n) for shape, n in zip(shapes, units, strict=True)]
+    return tuple(apportion(total, weights, units))
 
 
 def apportion(
@@ -51,7 +163,7 @@ def apportion(
     [4, 8]
     """
     sizes = [1] * len(caps) if quanta is None else [*quanta]
-    shares = _whole([Fraction(w, size) for w, size in zip(weights, sizes, strict=True)])
+    shares = _whole([w if n == 1 else Fraction(w, n) for w, n in zip(weights, sizes, strict=True)])
     rooms = [cap // size if w else 0 for w, cap, size in zip(shares, caps, sizes, strict=True)]
     most = _sum_of(rooms, sizes)
     if not 0 <= total <= most:
@@ -63,7 +175,7 @@ def apportion(
     return [number * size for number, size in zip(seats, sizes, strict=True)]
 
 
-def _whole(shares: Sequence[Fraction]) -> list[int]:
+def _whole(shares: Sequence[int | Fraction]) -> list[int]:
     """Return integers in the same proportions."""
     if any(share < 0 for share in shares):
         raise ConfigError(f"Expected weights >= 0; got {min(shares)}.")

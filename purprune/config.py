@@ -24,8 +24,18 @@ from pydantic import (
 )
 from pydantic_core import ArgsKwargs, CoreSchema
 
+from purprune.allocations import Budget, OwnTarget
 from purprune.errors import ConfigError, one_line
-from purprune.patterns import NM, Block, Channel, Kernel, Pattern, Unstructured
+from purprune.patterns import (
+    NM,
+    Block,
+    Channel,
+    GlobalGroup,
+    Kernel,
+    Pattern,
+    TensorGroup,
+    Unstructured,
+)
 from purprune.regrow import AnyRegrow
 from purprune.schedules import ConstantSparsity, Ramp, Schedule
 from purprune.scores import Magnitude, Score
@@ -113,6 +123,9 @@ class Rule:
             :func:`purprune.SET`), :class:`purprune.StraightThrough`, or None, never.
             :func:`purprune.update_masks` and the Pruner follow it; :func:`purprune.compute_masks`,
             which knows no masks of before, does not.
+        budget: ``"own"``: every tensor has this sparsity. ``"uniform"``, ``"er"`` or ``"erk"``
+            (:class:`ErdosRenyi`): tensors whose rules are equal have it together, and the exact
+            total of their units is divided by their shapes.
 
     Instead of ``pattern`` the keys of coremltools are taken too: ``granularity``, ``block_size``,
     ``n_m_ratio``, ``dim``; and ``scheduler`` for ``schedule``.
@@ -132,6 +145,7 @@ class Rule:
     pattern: Pattern = Pattern()
     score: Score = Magnitude()
     param_name: str | None = None
+    budget: Budget = OwnTarget()
     regrow: AnyRegrow | None = None
 
     @model_validator(mode="before")
@@ -154,6 +168,22 @@ class Rule:
                 "expected no initial or target sparsity beside a callable schedule, which returns "
                 f"the sparsity itself; got {self.initial_sparsity} and {self.target_sparsity}."
             )
+        if self.is_divided and not isinstance(self.pattern.group, TensorGroup):
+            raise ValueError(
+                f"expected budget='own' for groups of kind {self.pattern.group.kind!r}, which set "
+                f"the counts of each tensor themselves; got {self.budget!r}. Leave the budget out, "
+                f"or take a pattern whose group is the tensor."
+            )
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether tensors with equal rules share a total that their shapes divide."""
+        return not isinstance(self.budget, OwnTarget)
+
+    @property
+    def is_global(self) -> bool:
+        """Whether tensors with equal rules share a total that their values divide."""
+        return isinstance(self.pattern.group, GlobalGroup)
 
     @property
     def target(self) -> Fraction:

@@ -15,7 +15,7 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from purprune.context import ScoreContext, wide, wide_stat
+from purprune.context import ScoreContext, wide, wide_dtype, wide_stat
 from purprune.units import exponent_of, unit_scores
 from purprune.values import StrictFloat, StrictInt, value
 
@@ -62,7 +62,7 @@ class RIA:
     ``input_norm``, as :class:`Wanda` does; the paper uses it with ``NM`` and with rows as groups.
 
     Source: Zhang et al., "Plug-and-play: an efficient post-training pruning method for large
-    language models", ICLR 2024, equation 4; ``power`` is its ``a``.
+    language models", ICLR 2024; ``power`` is its ``a``.
 
     >>> context = ScoreContext("w", step=0, stats={"input_norm": torch.tensor([4.0, 1.0])})
     >>> RIA()(torch.tensor([[1.0, -3.0], [1.0, 0.0]]), context)
@@ -112,7 +112,7 @@ class LAMP:
     tensor are those of magnitude, whatever its size and range.
 
     Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021
-    (arXiv:2010.07611), equation 3.
+    (arXiv:2010.07611).
 
     >>> LAMP()(torch.tensor([-3.0, 1.0, 0.0, 1.0]), ScoreContext("w", step=0))
     tensor([1.0000, 0.0909, 0.0000, 0.1000], dtype=torch.float64)
@@ -129,7 +129,7 @@ class LAMP:
         first, last = int((ranked == 0).sum()), int(ranked.isfinite().sum())
         squares = _brought_to_one(ranked[first:last]).square()
         left = squares.flip(0).cumsum(0).flip(0)
-        scores = torch.full(ranked.shape, math.inf, dtype=wide(weight[..., :0]).dtype)
+        scores = torch.full(ranked.shape, math.inf, dtype=wide_dtype(weight))
         scores[:first] = 0
         scores[first:last] = _told_apart((squares / left).to(scores.dtype))
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import field
 from fractions import Fraction
@@ -11,6 +12,13 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from purprune.updates import UpdateSteps, as_steps
 from purprune.values import StrictInt, exact, value
+
+
+def half_cosine(passed: Fraction) -> Fraction:
+    """Return ``(1 + cos(pi * passed)) / 2``, rounded to 15 decimals; exact at 0 and 1."""
+    if passed in (0, 1):
+        return 1 - passed
+    return Fraction(round((1 + math.cos(math.pi * passed)) / 2 * 10**15), 10**15)
 
 
 class Ramp:

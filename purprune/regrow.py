@@ -8,13 +8,13 @@ are values of a rule; :func:`purprune.update_masks` reads them.
 
 from __future__ import annotations
 
-import math
 from dataclasses import field, replace
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from purprune.ramps import half_cosine
 from purprune.scores import Gradient, Random, Score
 from purprune.values import SparsityValue, StrictFloat, StrictInt, exact, value
 
@@ -83,7 +83,7 @@ class Regrow:
             return Fraction(0)
         if self.decay == "constant" or self.end_step is None:
             return exact(self.fraction)
-        return exact(self.fraction) * exact((1 + math.cos(math.pi * step / self.end_step)) / 2)
+        return exact(self.fraction) * half_cosine(Fraction(step, self.end_step))
 
     def score_at(self, step: int) -> Any:
         """Return the score by which units come back; a random one draws anew at each update."""

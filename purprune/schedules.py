@@ -29,9 +29,10 @@ from pydantic import (
 
 from purprune.callables import AnyCallable
 from purprune.errors import near_misses
+from purprune.phases import Alternating
 from purprune.ramps import ConstantSparsity as ConstantSparsity
 from purprune.ramps import Ramp as Ramp
-from purprune.ramps import Stepwise
+from purprune.ramps import Stepwise, half_cosine
 from purprune.values import StrictFloat, StrictInt, value
 
 
@@ -89,10 +90,7 @@ class CosineDecay(Stepwise):
 
     def remaining(self, step: int) -> Fraction:
         """Return ``(1 + cos(pi * i / (L - 1))) / 2``."""
-        passed = self.passed(step)
-        if passed in (0, 1):
-            return 1 - passed
-        return Fraction(round((1 + math.cos(math.pi * passed)) / 2 * 10**15), 10**15)
+        return half_cosine(self.passed(step))
 
 
 @value
@@ -139,7 +137,7 @@ def _geometric(start: Fraction, end: Fraction, passed: Fraction) -> Fraction:
     return Fraction(Context(prec=30).multiply(decimal(start), digits.exp(exponent)))
 
 
-OwnSchedule = ConstantSparsity | PolynomialDecay | CosineDecay | ExponentialDecay
+OwnSchedule = ConstantSparsity | PolynomialDecay | CosineDecay | ExponentialDecay | Alternating
 """The schedules that are values, and so can stand in files."""
 
 _KINDS = [cls.kind for cls in get_args(OwnSchedule)]

@@ -19,7 +19,6 @@ from purprune.config import Rule
 from purprune.context import ScoreContext
 from purprune.counting import Group, Outcome, Part, count_down, keep
 from purprune.errors import ConfigError, NaNError
-from purprune.patterns import GlobalGroup
 from purprune.ranking import count, refuse_nan, widest
 from purprune.scores import Magnitude, OwnScore, Random
 from purprune.scoring import (
@@ -29,9 +28,9 @@ from purprune.scoring import (
     raw_scores,
     readable,
     refuse_parts,
-    sparsity_at,
     unit_layout,
 )
+from purprune.totals import sharing
 from purprune.units import exponent_of, grid_shape, is_entry, spread, unit_scores
 
 _CHEAP = 64
@@ -84,15 +83,18 @@ class Shared(NamedTuple):
 
     rule: Rule
     members: Mapping[str, Member]
+    sparsity: Fraction
+    """The sparsity in force, of units."""
 
     @property
     def units(self) -> int:
         """How many units all tensors have."""
         return sum(member.units for member in self.members.values())
 
-    def sparsity_at(self, step: int) -> Fraction:
-        """Return the sparsity in force, of units."""
-        return sparsity_at(next(iter(self.members)), self.rule, step)
+    @property
+    def pruned(self) -> int:
+        """How many of them go."""
+        return count(self.units, self.sparsity)
 
     @property
     def of_entries(self) -> bool:
@@ -105,20 +107,23 @@ class Shared(NamedTuple):
         return torch.float32 if any(m.mps for m in self.members.values()) else torch.float64
 
 
-def shared_groups(rules: Mapping[str, Rule], params: Mapping[str, Tensor]) -> list[Shared]:
+def shared_groups(
+    rules: Mapping[str, Rule], params: Mapping[str, Tensor], sparsities: Mapping[str, Fraction]
+) -> list[Shared]:
     """Return the groups that tensors share; no value is read.
 
     Raises:
         ConfigError: when a rule's pattern does not fit its tensor.
     """
-    groups: list[tuple[Rule, dict[str, Member]]] = []
-    for name, rule in rules.items():
-        if isinstance(rule.pattern.group, GlobalGroup):
-            same = next((members for known, members in groups if known == rule), None)
-            if same is None:
-                groups.append((rule, same := {}))
-            same[name] = _member(name, rule, params[name])
-    return [Shared(rule, members) for rule, members in groups]
+    return [
+        Shared(
+            rules[names[0]],
+            {name: _member(name, rules[name], params[name]) for name in names},
+            sparsities[names[0]],
+        )
+        for names in sharing(rules)
+        if rules[names[0]].is_global
+    ]
 
 
 def _member(name: str, rule: Rule, tensor: Tensor) -> Member:
@@ -170,9 +175,8 @@ def group_of(shared: Shared, inputs: Inputs, scale: int | None = None) -> Group:
         for i, (name, scores) in enumerate(scorers.items())
         for prev, floor in [_kept(name, shared, inputs)]
     ]
-    k = count(shared.units, shared.sparsity_at(inputs.step))
     sizes = tuple(member.units for member in shared.members.values())
-    return Group(parts, k, sizes, dtype, ranks_absolute(shared.rule, shared.of_entries))
+    return Group(parts, shared.pruned, sizes, dtype, ranks_absolute(shared.rule, shared.of_entries))
 
 
 def _kept(name: str, shared: Shared, inputs: Inputs) -> list[Tensor | None]:

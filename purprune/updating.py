@@ -88,6 +88,12 @@ def exchanges(rule: Rule, step: int) -> bool:
     return isinstance(rule.regrow, Regrow) and rule.regrow.changes_at(step)
 
 
+def comes_back(rule: Rule, step: int) -> bool:
+    """Tell whether pruned entries may come back at ``step``, as zeros."""
+    falls = step > 0 and rule.sparsity_at(step) < rule.sparsity_at(step - 1)
+    return exchanges(rule, step) or (falls and not isinstance(rule.regrow, StraightThrough))
+
+
 def needs_whole_gradient(rule: Rule, step: int) -> bool:
     """Tell whether pruned entries need the gradient that is there when ``step`` is counted."""
     return isinstance(rule.regrow, StraightThrough) or exchanges(rule, step)

@@ -99,7 +99,7 @@ def unpack_state(
         return None
     refuse_without_rule(floor, rules)
     refuse_unfit_masks(
-        _local(masks), step, rules, _local(floor), lambda counts: summed(counts, masks)
+        _local(masks), step, rules, _local(floor), lambda counts: summed(counts, masks), masks
     )
     return Held(step, masks, floor, remembered)
 

@@ -16,7 +16,8 @@ from torch._compile import _disable_dynamo  # as torch.optim does: it imports th
 import purprune
 from purprune import Plan, PruneConfig, Rule
 from purprune.config import as_config
-from purprune.updating import exchanges, needs_whole_gradient
+from purprune.totals import sparsities_at
+from purprune.updating import comes_back, needs_whole_gradient
 from purprune_adapters.activity import Activity
 from purprune_adapters.checkpoint import Held, pack_state, unpack_state
 from purprune_adapters.checks import (
@@ -185,7 +186,8 @@ class Pruner:
 
     def sparsity_at(self, step: int) -> dict[str, float]:
         """Return the sparsity of units that is in force at ``step``, by parameter name."""
-        return {name: float(rule.sparsity_at(step)) for name, rule in self._rules.items()}
+        found = sparsities_at(self._rules, self._params(), step)
+        return {name: float(sparsity) for name, sparsity in found.items()}
 
     def prepare(self, inplace: bool = False) -> nn.Module:
         """Apply the masks of step 0, install the hooks, and return the model to train.
@@ -271,7 +273,7 @@ class Pruner:
         refuse_another_model(chosen, params, self._store.masks)
         refuse_nan({name: params[name] for name in self._rules})
         trained = self._trained or self._activity.trained(self._params(), self._store.masks)
-        warn_unless_over(self._rules, self._step, trained)
+        warn_unless_over(self._rules, params, self._step, trained)
         final = chosen if inplace else copy.deepcopy(chosen)
         params = dict(final.named_parameters())
         for name in self._rules:
@@ -371,10 +373,10 @@ class Pruner:
 
     def _move_on(self, params: Mapping[str, Tensor], step: int, due: Mapping[str, Rule]) -> None:
         """Take the masks of a step; entries that come back do so as zero, without a state."""
-        back = [name for name, rule in due.items() if exchanges(rule, step)]
+        back = [name for name, rule in due.items() if comes_back(rule, step)]
         self._memory.refresh(params, self._store)
         masks = self._targets.updated(step, due, self._held(), self._memory, self._stats)
-        for name in back:  # by the old masks: the optimizer saw whole gradients
+        for name in back:  # by the old masks: momentum, or a whole gradient, moved them
             self._store.apply_if_changed_(name, params[name])
         if self._keeper is not None:
             self._keeper.zero_state(back)

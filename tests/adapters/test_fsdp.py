@@ -40,6 +40,7 @@ CONFIG = (
     .set_module_name("layers.1.linear1", Rule(schedule=SCHEDULE, pattern=NM(2, 4)))
     .set_module_name("layers.0.linear2", Rule(0.7, SCHEDULE, score=Random(2)))
     .set_module_name("layers.1.linear2", Rule(0.7, SCHEDULE, score="taylor"))
+    .set_module_name("layers.*.self_attn", Rule(0.6, SCHEDULE, budget="erk"))
 )
 
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,8 +166,8 @@ def test_masks_from_two_dims_of_processes_are_the_masks_of_the_whole():
 
 
 @on_ranks(2, 4)
-def test_a_global_group_of_shards_prunes_what_it_prunes_of_the_whole():
-    """Defends one count for many tensors: ties go by the order of params, then by position."""
+def test_tensors_that_share_a_total_prune_in_shards_what_they_prune_whole():
+    """Defends one total for many tensors: ties by the order of params, budgets by whole shapes."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     rules = {
         "entries": Rule(0.7, pattern=Unstructured(scope="global")),
@@ -174,6 +175,8 @@ def test_a_global_group_of_shards_prunes_what_it_prunes_of_the_whole():
         "taylor": Rule(0.7, pattern=Unstructured(scope="global"), score="taylor"),
         "channels": Rule(0.7, pattern=Channel(0, scope="global")),
         "taylor channels": Rule(0.7, pattern=Channel(0, norm="l1", scope="global"), score="taylor"),
+        "erk": Rule(0.7, budget="erk"),
+        "uniform": Rule(0.7, pattern=Channel(0, norm="l1"), score="taylor", budget="uniform"),
     }
     for name, rule in rules.items():
         whole = {f"w{i}": weight_of(shape, torch.float32, i) for i, shape in enumerate(SHAPES)}
@@ -183,7 +186,7 @@ def test_a_global_group_of_shards_prunes_what_it_prunes_of_the_whole():
         grads_here = {n: distribute_tensor(w, mesh, [Shard(0)]) for n, w in grads.items()}
         prev, expected = None, None
         for sparsity in (0.4, 0.8, 0.3):
-            now = Rule(sparsity, pattern=rule.pattern, score=rule.score)
+            now = replace(rule, target_sparsity=sparsity)
             prev = sharded_masks(here, 2, now, prev=prev, grads=grads_here)
             expected = compute_masks(whole, 2, now, prev=expected, grads=grads)
             assert prev.keys() == expected.keys()
@@ -191,7 +194,7 @@ def test_a_global_group_of_shards_prunes_what_it_prunes_of_the_whole():
                 assert isinstance(mask, DTensor)
                 assert torch.equal(mask.full_tensor(), expected[n]), (name, n, sparsity)
         for sparsity in (0.6, 0.2):  # with what is pruned now as a floor of half of the tensors
-            now = Rule(sparsity, pattern=rule.pattern, score=rule.score)
+            now = replace(rule, target_sparsity=sparsity)
             held = [*whole][::2]
             got = sharded_masks(here, 2, now, floor={n: prev[n] for n in held}, grads=grads_here)
             exact = compute_masks(whole, 2, now, floor={n: expected[n] for n in held}, grads=grads)
