@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from purprune.allocations import apportion
+from purprune.allocations import OwnTarget, apportion
 from purprune.config import PruneConfig, Rule, as_config
 from purprune.errors import ConfigError
 from purprune.patterns import EveryGroup, TensorGroup
@@ -32,13 +32,18 @@ class Quota(NamedTuple):
 
     def ruled(self, pruned: int) -> Rule:
         """Return the rule that prunes so many units in the end, a multiple of ``size``."""
-        if isinstance(group := self.rule.pattern.group, EveryGroup):
-            pattern = replace(self.rule.pattern, group=replace(group, zeros=pruned // self.size))
-            return replace(self.rule, pattern=pattern, target_sparsity=None)
-        target = Fraction(pruned, self.units or 1)
-        scale = target / self.rule.target if self.rule.target else 1
-        initial = exact(self.rule.initial_sparsity) * scale
-        return replace(self.rule, target_sparsity=target, initial_sparsity=initial)
+        share = Fraction(pruned, self.units or 1)
+        scale = share / self.rule.target if self.rule.target else 1
+        pattern = self.rule.pattern
+        if isinstance(group := pattern.group, EveryGroup):
+            pattern = replace(pattern, group=replace(group, zeros=pruned // self.size))
+        return replace(
+            self.rule,
+            target_sparsity=share if pattern.target is None else None,
+            initial_sparsity=exact(self.rule.initial_sparsity) * scale,
+            pattern=pattern,
+            budget=OwnTarget(),
+        )
 
 
 Divide = Callable[[Sequence[Quota], int], tuple[Sequence[int | Fraction], Sequence[int]]]

@@ -148,6 +148,26 @@ def test_the_result_keeps_the_rule_and_works_with_masks_plan_and_pruner():
     assert pruner.report().total.zeros == total
 
 
+def test_the_result_goes_through_a_dict_and_scales_what_the_schedule_starts_from():
+    """Defends saved configs, also where a tensor goes whole or not at all."""
+    params = {name: torch.ones(4, 8) for name in "abc"}
+    curves = Sensitivity(0.0, [1], {"a": [0.0], "b": [1.0], "c": [2.0]})
+    for rule in (Rule(0.5, initial_sparsity=0.25), Rule(pattern=NM(2, 4), initial_sparsity=0.25)):
+        found = allocate_by_sensitivity(curves, params, rule)
+        assert PruneConfig.from_dict(found.as_dict()) == found
+        assert [r.target for r in found.rules.values()] == [1, Fraction(1, 2), 0]
+        assert [r.initial_sparsity for r in found.rules.values()] == [Fraction(1, 2), 0.25, 0]
+
+
+def test_the_budget_of_a_rule_is_replaced_by_what_was_measured():
+    """Defends the targets: shapes do not divide them once more."""
+    params = {"a": torch.ones(20, 30), "b": torch.ones(4, 5)}
+    curves = Sensitivity(0.0, [1], {"a": [1.0], "b": [1.0]})
+    found = allocate_by_sensitivity(curves, params, Rule(0.5, budget="erk"))
+    assert found == allocate_by_sensitivity(curves, params, Rule(0.5))
+    assert sparsity(compute_masks(params, 0, found)).tensors["b"].zeros == 0
+
+
 def test_tensors_that_the_config_leaves_dense_stay_dense():
     """Defends None, which beats the global rule."""
     params = {"a.weight": torch.ones(4, 4), "b.weight": torch.ones(4, 4), "a.bias": torch.ones(4)}
