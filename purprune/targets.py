@@ -117,4 +117,5 @@ def _whole(
     """Return whole counts near the real ones, in multiples of what each tensor can lose."""
     if all(quota.size == 1 for quota in family):
         return apportion(total, counts, caps)
+    # Always reachable: the rule's own counts have this total, and none of them is above its cap.
     return nearest(total, counts, caps, [quota.size for quota in family])

@@ -275,6 +275,7 @@ CURVES = Sensitivity(0.0, [0.5], {"a.weight": [1.0], "b.weight": [1.0]})
         (CURVES, Rule(0.75), "reach 18 units of a.weight, b.weight; up to 0.5 of each are 12"),
         (CURVES, Rule(0.5, pattern=Unstructured(scope="global")), "'a.weight'.*Leave the scope"),
         (CURVES, Rule(pattern=NM(1, 3)), "groups of 3 without a tail for 'a.weight'"),
+        (CURVES, Rule(0.75, pattern=ROWS), "reach 18 units"),
         (CURVES, Rule(schedule=lambda step: 0.5), "Expected a step for 'a.weight'"),
     ],
 )
