@@ -175,6 +175,18 @@ class Rule:
                 f"or take a pattern whose group is the tensor."
             )
 
+        self._refuse_beyond_caps()
+
+    def _refuse_beyond_caps(self) -> None:
+        group = self.pattern.group
+        if isinstance(group, GlobalGroup) and isinstance(self.schedule, Ramp):
+            highest = max(self.target, exact(self.initial_sparsity))
+            if highest > exact(group.max_sparsity):
+                raise ValueError(
+                    f"expected sparsities up to max_sparsity={group.max_sparsity} of the global "
+                    f"group, which is what all its tensors reach; got {float(highest):g}."
+                )
+
     @property
     def is_divided(self) -> bool:
         """Whether tensors with equal rules share a total that their shapes divide."""

@@ -9,6 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from purprune.balancing import limits_of
 from purprune.config import Rule
 from purprune.errors import SelectionError, near_misses
 from purprune.patterns import Layout
@@ -115,9 +116,13 @@ def refuse_unfit_masks(
                 f"not. It is damaged, or of another step; the error there says how."
             )
     for names in _of_one_count(rules):
-        units, pruned, least = (sum(found[name][i] for name in names) for i in (1, 2, 3))
-        due = max(least, count(units, sparsities[names[0]]))
-        _refuse_count(" and ".join(map(repr, names)), units, due, pruned, step)
+        units, pruned, held = ([found[name][i] for name in names] for i in (1, 2, 3))
+        sparsity = sparsities[names[0]]
+        limits = limits_of(rules[names[0]].pattern.group, units, sparsity, held)
+        due = max(sum(low for low, _ in limits), count(sum(units), sparsity))
+        _refuse_count(" and ".join(map(repr, names)), sum(units), due, sum(pruned), step)
+        for name, n, gone, (low, high) in zip(names, units, pruned, limits, strict=True):
+            _refuse_count(repr(name), n, min(max(gone, low), high), gone, step)
 
 
 def _counted(

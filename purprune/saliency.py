@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.func import grad, vjp
 
 from purprune.config import PruneConfig, Rule, as_config
 from purprune.context import wide
@@ -53,7 +53,8 @@ def grasp_scores(loss: Callable[[dict[str, Tensor]], Tensor], params: Params) ->
     {'w': tensor([  2., 32.], dtype=torch.float64)}
     """
     floats, differentiated = _differentiated(loss, params)
-    gradient, product = vjp(differentiated, floats)  # of the Hessian, which is symmetric
+    # The product with the Hessian from the left: it is symmetric.
+    gradient, product = torch.func.vjp(differentiated, floats)[:2]
     (curved,) = product(gradient)
     return {name: wide(w) * wide(curved[name]) for name, w in floats.items()}
 
@@ -177,5 +178,5 @@ def _differentiated(
             raise ValueError(f"Expected a loss that is one number; got {got}. Take its mean.")
         return found.reshape(())
 
-    differentiated: Callable[[dict[str, Tensor]], dict[str, Tensor]] = grad(number)
+    differentiated: Callable[[dict[str, Tensor]], dict[str, Tensor]] = torch.func.grad(number)
     return floats, differentiated

@@ -15,10 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from purprune.balancing import balanced, limits_of, scaled
 from purprune.config import Rule
 from purprune.context import ScoreContext
 from purprune.counting import Group, Outcome, Part, count_down, keep
 from purprune.errors import ConfigError, NaNError
+from purprune.patterns import GlobalGroup
 from purprune.ranking import count, refuse_nan, widest
 from purprune.scores import Magnitude, OwnScore, Random
 from purprune.scoring import (
@@ -138,17 +140,37 @@ def shared_masks(groups: list[Shared], inputs: Inputs) -> dict[str, Iterator[Ten
     Raises:
         NaNError: a weight or score holds NaN; names the parameter and the count.
     """
-    counted = [group_of(shared, inputs) for shared in groups]
     try:
-        outcomes = count_down(counted)
+        counted = [piece for shared in groups for piece in _counted(shared, inputs)]
+        # One after the other: buckets of many tensors at once would fill the memory.
+        outcomes = [count_down([group])[0] for _, group in counted]
     except NaNError:
         for shared in groups:
             _refuse_nan(shared, inputs)
         raise
     found: dict[str, Iterator[Tensor]] = {}
-    for shared, group, outcome in zip(groups, counted, outcomes, strict=True):
+    for (shared, group), outcome in zip(counted, outcomes, strict=True):
         found.update(dict.fromkeys(shared.members, _masks(shared, group, outcome)))
     return found
+
+
+def _counted(shared: Shared, inputs: Inputs) -> list[tuple[Shared, Group]]:
+    """Return what is counted: one group, or where tensors are balanced one for each of them."""
+    group, how = group_of(shared, inputs), shared.rule.pattern.group
+    if not isinstance(how, GlobalGroup) or how.is_plain:
+        return [(shared, group)]
+    held = [0 if p.floor is None else int((~p.floor).sum()) for p in group.parts]
+    trial = group
+    if how.normalize is not None:
+        squared = not shared.of_entries and norm_of(shared.rule) == "l2"
+        trial = scaled(group, how.normalize, squared, shared.wide)
+    numbers = balanced(trial, limits_of(how, group.sizes, shared.sparsity, held))
+    return [
+        (shared._replace(members={name: member}), group._replace(parts=[part], k=k, sizes=(size,)))
+        for (name, member), part, k, size in zip(
+            shared.members.items(), group.parts, numbers, group.sizes, strict=True
+        )
+    ]
 
 
 def _masks(shared: Shared, group: Group, outcome: Outcome) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from purprune.allocations import kept_units
 from purprune.config import Rule
 from purprune.errors import ConfigError
+from purprune.patterns import GlobalGroup
 from purprune.ranking import count
 from purprune.scoring import unit_layout
 from purprune.units import grid_shape
@@ -46,12 +47,17 @@ def sparsities_at(
         ConfigError: a schedule says no sparsity, or has no end that is known; a pattern does not
             fit its tensor. Names the parameter.
     """
-    first = {id(rule): (name, rule) for name, rule in reversed(list(rules.items()))}
-    totals = {key: total_at(name, rule, step) for key, (name, rule) in first.items()}
+    totals: dict[int, Fraction] = {}
+    for name, rule in rules.items():
+        if id(rule) not in totals:  # most rules are one object for many names
+            totals[id(rule)] = total_at(name, rule, step)
     found = {name: totals[id(rule)] for name, rule in rules.items()}
     for names in sharing(rules):
-        if rules[names[0]].is_divided:
-            found.update(_shares(names, rules[names[0]], found[names[0]], params))
+        rule = rules[names[0]]
+        if rule.is_divided:
+            found.update(_shares(names, rule, found[names[0]], params))
+        elif isinstance(rule.pattern.group, GlobalGroup) and rule.pattern.group.is_capped:
+            _refuse_beyond_caps(names, rule, found[names[0]], params)
     return found
 
 
@@ -81,6 +87,23 @@ def _shares(
             names, units, kept_units(rule.budget, kept, shapes, units), strict=True
         )
     }
+
+
+def _refuse_beyond_caps(
+    names: Sequence[str], rule: Rule, sparsity: Fraction, params: Mapping[str, Tensor]
+) -> None:
+    """Raise where the caps of a global group do not allow the sparsity, or the one in the end."""
+    assert isinstance(rule.pattern.group, GlobalGroup)
+    cap = rule.pattern.group.max_sparsity
+    units = [_units(name, rule, params[name].shape) for name in names]
+    most = sum(count(n, cap) for n in units)
+    due = count(sum(units), sparsity if rule.last_step is None else max(sparsity, rule.target))
+    if due > most:
+        raise ConfigError(
+            f"{names[0]!r}: Expected at most {most} of {sum(units)} units of its global group to "
+            f"go, as max_sparsity={cap} leaves of {len(names)} tensors; got {due}. Lower the "
+            f"sparsity, or raise max_sparsity."
+        )
 
 
 def _units(name: str, rule: Rule, shape: torch.Size) -> int:

@@ -144,6 +144,40 @@ def global_oracle(
     return masks
 
 
+def balanced_oracle(
+    scores: dict[str, Tensor],
+    pattern: Pattern,
+    k: int,
+    limits: dict[str, tuple[int, int]],
+    prev: dict[str, Tensor],
+    floor: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return the masks by one stable sort: the least of each tensor first, beyond its most never.
+
+    All units are of several entries, or all are single ones.
+    """
+    masks = {name: torch.ones(tuple(s.shape), dtype=torch.bool) for name, s in scores.items()}
+    first: list[Row] = []
+    rest: list[Row] = []
+    for name, s in scores.items():
+        rows = [
+            (masks[name], entries, score, _gone(prev.get(name), entries), held)
+            for _, entries, score in _units(s, pattern)
+            for held in [_gone(floor.get(name), entries)]
+        ]
+        own = sorted(rows, key=lambda row: (not row[4], not row[3], row[2]))
+        low, high = limits[name]
+        low = max(low, sum(row[4] for row in rows))
+        first += own[:low]
+        kept = [id(row) for row in own[low : max(low, high)]]
+        rest += [row for row in rows if id(row) in kept]
+    rest.sort(key=lambda row: (not row[4], not row[3], row[2]))
+    for mask, entries, *_ in first + rest[: max(0, k - len(first))]:
+        for index in entries:
+            mask[index] = False
+    return masks
+
+
 def apportion_oracle(
     weights: list[int | Fraction], caps: list[int], quanta: list[int]
 ) -> dict[int, list[int]]:

@@ -28,6 +28,11 @@ from purprune_adapters.hooks import MaskStore
 DENSE = "dense"
 
 
+def follows_optimizer(rule: Rule) -> bool:
+    """Tell whether a rule needs to see each step of the optimizer."""
+    return rule.regrow is not None or any(stat in ACCUMULATED for stat in needs_of(rule.score))
+
+
 class Memory:
     """Tensors by ``"<what>.<parameter>"``, for the rules that ask for them; often none."""
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from purprune import ConfigError, Magnitude, Rule
 from purprune.context import ScoreContext
-from purprune.patterns import Layout
+from purprune.patterns import GlobalGroup, Layout
 from purprune.scores import needs_of
 from purprune.scoring import check_mask, unit_layout
 from purprune.sharing import Inputs
@@ -106,6 +106,7 @@ def task_of(name: str, rule: Rule, sparsity: Fraction, inputs: Inputs) -> Task:
     prev, floor = inputs.prev.get(name), inputs.floor.get(name)
     _refuse_statistics(name, rule)
     block, layout = unit_layout(name, rule, weight.shape)
+    _refuse_balanced(name, rule)
     shards = shards_of(name, weight) if isinstance(weight, DTensor) else None
     _refuse_other_shards(f"the gradient of {name!r}", grad, shards)
     for what, mask in (("prev", prev), ("floor", floor)):
@@ -125,6 +126,15 @@ def task_of(name: str, rule: Rule, sparsity: Fraction, inputs: Inputs) -> Task:
         shards,
         shards is not None and _crosses(name, block, layout, shards.axes),
     )
+
+
+def _refuse_balanced(name: str, rule: Rule) -> None:
+    group = rule.pattern.group
+    if isinstance(group, GlobalGroup) and not group.is_plain:
+        raise ConfigError(
+            f"Expected scope='global' for {name!r} where weights are in shards; got {group!r}. "
+            f"Leave bounds and normalize out, or give the tensors a budget."
+        )
 
 
 def _refuse_other_shards(what: str, given: Tensor | None, shards: Shards | None) -> None:

@@ -8,12 +8,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from purprune import PolynomialDecay, Rule, Unstructured, apply_masks, compute_masks
+from purprune import (
+    GlobalGroup,
+    PolynomialDecay,
+    Rule,
+    Unstructured,
+    apply_masks,
+    compute_masks,
+)
 from purprune_adapters import Pruner, resolve
 
 RULE = Rule(0.7, PolynomialDecay([1, 3]), pattern=Unstructured(scope="global"))
 ERK = Rule(0.7, PolynomialDecay([0, 1, 3]), budget="erk")
-RULES = pytest.mark.parametrize("rule", [RULE, ERK], ids=["global", "erk"])
+BOUNDED = Rule(
+    0.7,
+    PolynomialDecay([0, 1, 3]),
+    pattern=Unstructured(scope=GlobalGroup(0.2, 0.75, normalize="l2")),
+)
+RULES = pytest.mark.parametrize("rule", [RULE, ERK, BOUNDED], ids=["global", "erk", "bounded"])
 
 
 def network() -> nn.Sequential:
