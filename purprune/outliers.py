@@ -95,9 +95,8 @@ def _offsets(ratios: Sequence[Fraction], units: Sequence[int]) -> list[Fraction]
     """Return where each ratio lies in the range of all, from the mean over the units."""
     width = max(ratios) - min(ratios)
     places = [(ratio - min(ratios)) / width if width else Fraction(0) for ratio in ratios]
-    mean = sum(map(Fraction.__mul__, places, map(Fraction, units)), Fraction(0)) / max(
-        1, sum(units)
-    )
+    total = sum((place * n for place, n in zip(places, units, strict=True)), Fraction(0))
+    mean = total / max(1, sum(units))
     return [place - mean for place in places]
 
 
