@@ -37,5 +37,6 @@ from purprune.scores import Random as Random
 from purprune.scores import ScoreContext as ScoreContext
 from purprune.scores import Taylor as Taylor
 from purprune.selection import LazyParams as LazyParams
+from purprune.sparsegpt import sparsegpt as sparsegpt
 
 __version__ = "0.1.0"
