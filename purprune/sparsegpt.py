@@ -83,6 +83,7 @@ def sparsegpt(
     ([[False, True]], '3.0')
     """
     _refuse_unfit(weight, hessian, block_size, damping)
+    refuse_pattern(pattern, weight)
     share = _share(pattern, sparsity)
     order = _column_order(pattern, weight)
     blocks = _blocks(pattern, weight.shape, share, block_size)
@@ -175,13 +176,9 @@ def _blocks(
 ) -> list[list[Span]]:
     """Return the spans of columns in which masks are decided, by the block that they are in."""
     columns, group = math.prod(shape[1:]), pattern.group
-    if not isinstance(pattern.unit, EntryUnit):
-        raise _unfit(pattern)
-    if isinstance(group, EveryGroup) and group.layout(shape).order[0] == 0:
+    if isinstance(group, EveryGroup):
         return _blocks_of_groups(group.m, shape[group.dim], columns, sparsity, block_size)
-    rows = isinstance(group, RowGroup) and group.layout(shape).order[0] == 0
-    if not rows and not isinstance(group, TensorGroup):
-        raise _unfit(pattern)
+    rows = isinstance(group, RowGroup)
     members = 1 if rows else shape[0]
     blocks = []
     for start in range(0, columns, block_size):
@@ -207,12 +204,18 @@ def _blocks_of_groups(
     return blocks
 
 
-def _unfit(pattern: Pattern) -> ConfigError:
-    return ConfigError(
-        f"Expected single entries in one group, in rows along dim 0 or N:M along an input dim; got "
-        f"{pattern}. SparseGPT has no other: write Unstructured(), Pattern(group=RowGroup(0)) or "
-        f"NM(2, 4), or compute_masks with any pattern."
+def refuse_pattern(pattern: Pattern, weight: Tensor) -> None:
+    """Raise for a pattern that the sweep over columns has no groups for."""
+    group, rows_first = pattern.group, pattern.group.layout(weight.shape).order[0] == 0
+    fits = isinstance(group, TensorGroup) or (
+        isinstance(group, RowGroup | EveryGroup) and rows_first and weight.dim() > 1
     )
+    if not fits or not isinstance(pattern.unit, EntryUnit):
+        raise ConfigError(
+            f"Expected single entries in one group, in rows along dim 0 or N:M along an input dim; "
+            f"got {pattern}. SparseGPT has no other: write Unstructured(), NM(2, 4) or "
+            f"Pattern(group=RowGroup(0)), or use compute_masks, which takes any pattern."
+        )
 
 
 def _refuse_unfit(weight: Tensor, hessian: Tensor, block_size: int, damping: float) -> None:
