@@ -1,5 +1,7 @@
 """purprune: pruning for PyTorch as pure functions."""
 
+from purprune.allocations import ErdosRenyi as ErdosRenyi
+from purprune.allocations import Uniform as Uniform
 from purprune.config import PruneConfig as PruneConfig
 from purprune.config import Rule as Rule
 from purprune.errors import ConfigError as ConfigError
@@ -24,9 +26,20 @@ from purprune.patterns import GlobalGroup as GlobalGroup
 from purprune.patterns import Kernel as Kernel
 from purprune.patterns import Pattern as Pattern
 from purprune.patterns import Unstructured as Unstructured
+from purprune.phases import Alternating as Alternating
 from purprune.planning import Plan as Plan
 from purprune.planning import plan as plan
+from purprune.regrow import SET as SET
+from purprune.regrow import Regrow as Regrow
+from purprune.regrow import RigL as RigL
+from purprune.regrow import StraightThrough as StraightThrough
+from purprune.saliency import gradients as gradients
+from purprune.saliency import grasp_scores as grasp_scores
+from purprune.saliency import iterative_masks as iterative_masks
+from purprune.saliency import synflow_scores as synflow_scores
 from purprune.schedules import ConstantSparsity as ConstantSparsity
+from purprune.schedules import CosineDecay as CosineDecay
+from purprune.schedules import ExponentialDecay as ExponentialDecay
 from purprune.schedules import PolynomialDecay as PolynomialDecay
 from purprune.schedules import Ramp as Ramp
 from purprune.scores import Fisher as Fisher
@@ -38,5 +51,7 @@ from purprune.scores import ScoreContext as ScoreContext
 from purprune.scores import Taylor as Taylor
 from purprune.selection import LazyParams as LazyParams
 from purprune.sparsegpt import sparsegpt as sparsegpt
+from purprune.straight_through import straight_through as straight_through
+from purprune.updating import update_masks as update_masks
 
 __version__ = "0.1.0"

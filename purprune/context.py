@@ -27,7 +27,9 @@ class ScoreContext:
 
     @property
     def grad(self) -> Tensor:
-        """The gradient; raises when none was given for this parameter."""
+        """The gradient, or else the statistic of that name; raises when none was given."""
+        if self.gradient is None and "gradient" in self.stats:
+            return self.stat("gradient")
         if self.gradient is None:
             raise ValueError(
                 f"The score of {self.name!r} needs a gradient; got none. Pass "
@@ -69,9 +71,14 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """Return float64, which holds products of float32 exactly, or what a device has (mps)."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
 def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in float64, which holds products of float32 exactly (mps: float32)."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    """Return a tensor in :func:`wide_dtype`."""
+    return tensor.to(wide_dtype(tensor))
 
 
 def wide_stat(weight: Tensor, context: ScoreContext, name: str, shape: Sequence[int]) -> Tensor:

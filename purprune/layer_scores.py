@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from purprune.context import ScoreContext, wide, wide_stat
+from purprune.context import ScoreContext, wide, wide_dtype, wide_stat
 from purprune.units import exponent_of, unit_scores
 from purprune.values import StrictFloat, StrictInt, value
 
@@ -62,7 +62,7 @@ class RIA:
     ``input_norm``, as :class:`Wanda` does; the paper uses it with ``NM`` and with rows as groups.
 
     Source: Zhang et al., "Plug-and-play: an efficient post-training pruning method for large
-    language models", ICLR 2024, equation 4; ``power`` is its ``a``.
+    language models", ICLR 2024; ``power`` is its ``a``.
 
     >>> context = ScoreContext("w", step=0, stats={"input_norm": torch.tensor([4.0, 1.0])})
     >>> RIA()(torch.tensor([[1.0, -3.0], [1.0, 0.0]]), context)
@@ -81,7 +81,8 @@ class RIA:
         if weight.numel() == 0:
             return wide(weight)
         infinite = weight.isinf()
-        sizes = _brought_to_one(wide(weight).abs().masked_fill(infinite, 0))
+        sizes = wide(weight).abs().masked_fill(infinite, 0)
+        _scale_(sizes, exponent_of(sizes))  # the largest is 1 or less: no sum leaves float64
         column = [n if dim == 0 else 1 for dim, n in enumerate(weight.shape)]
         row = [1 if dim == 0 else n for dim, n in enumerate(weight.shape)]
         share = _share(sizes, column) + _share(sizes, row)
@@ -125,7 +126,7 @@ class LAMP:
     tensor are those of magnitude, whatever its size and range.
 
     Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021
-    (arXiv:2010.07611), equation 3.
+    (arXiv:2010.07611).
 
     >>> LAMP()(torch.tensor([-3.0, 1.0, 0.0, 1.0]), ScoreContext("w", step=0))
     tensor([1.0000, 0.0909, 0.0000, 0.1000], dtype=torch.float64)
@@ -137,23 +138,37 @@ class LAMP:
 
     def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
         """Return scores in [0, 1], of infinite weights inf, in float64 (mps: float32)."""
-        sizes = weight.reshape(-1).cpu().double().abs()
-        ranked, order = sizes.sort(stable=True)
-        first, last = int((ranked == 0).sum()), int(ranked.isfinite().sum())
-        squares = _brought_to_one(ranked[first:last]).square()
-        left = squares.flip(0).cumsum(0).flip(0)
-        scores = torch.full(ranked.shape, math.inf, dtype=wide(weight[..., :0]).dtype)
-        scores[:first] = 0
-        scores[first:last] = _told_apart((squares / left).to(scores.dtype))
-        return (
-            torch.empty_like(scores).scatter_(0, order, scores).to(weight.device).view(weight.shape)
-        )
+        sizes = weight.detach().reshape(-1).cpu().abs()
+        order = _order(sizes)
+        ranked = sizes[order].double().numpy()
+        first, last = ranked.searchsorted(0, "right"), ranked.searchsorted(math.inf)
+        if first < last:
+            shares = ranked[first:last]  # infinite ones and zeros have their scores
+            _scale_(shares, -math.frexp(shares[-1])[1])
+            shares *= shares
+            shares /= shares[::-1].cumsum()[::-1]
+        scores = torch.from_numpy(ranked).to(wide_dtype(weight))
+        scores[first:last] = _told_apart(scores[first:last])
+        found = torch.empty_like(scores).scatter_(0, order, scores)
+        return found.to(weight.device).view(weight.shape)
 
 
-def _brought_to_one(sizes: Tensor) -> Tensor:
-    """Multiply by the power of two that brings the largest to [0.5, 1)."""
-    exponent = exponent_of(sizes) if sizes.numel() else 0
-    return sizes * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
+def _order(sizes: Tensor) -> Tensor:
+    """Return the stable order of numbers that are not below 0."""
+    if sizes.dtype != torch.float32 or len(sizes) >= 1 << 32:
+        return sizes.argsort(stable=True)
+    # The bits of such floats order like them. With the index behind the bits no two are equal, and
+    # numpy's sort, which is not stable and ten times as fast, gives the stable order.
+    keys = sizes.view(torch.int32).numpy().astype(np.int64) << 32
+    keys |= np.arange(len(keys))
+    keys.sort()
+    return torch.from_numpy(keys & 0xFFFFFFFF)
+
+
+def _scale_(sizes: Any, exponent: int) -> None:
+    """Multiply in place by a power of two, in two factors, each of which is a float."""
+    sizes *= 2.0 ** (exponent // 2)
+    sizes *= 2.0 ** (exponent - exponent // 2)
 
 
 def _told_apart(scores: Tensor) -> Tensor:

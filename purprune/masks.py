@@ -25,11 +25,11 @@ from purprune.scoring import (
     ranks_absolute,
     raw_scores,
     refuse_parts,
-    sparsity_at,
     unit_layout,
 )
 from purprune.selection import check_params, described, select
 from purprune.sharing import Inputs, Shared, shared_groups, shared_masks
+from purprune.totals import sparsities_at
 from purprune.units import is_entry, spread, unit_scores
 
 
@@ -90,7 +90,8 @@ def iter_masks(
     No more than one of the ``params`` is in use at a time, so that a mapping which loads its
     tensors when they are asked for may be larger than memory. Each is asked for once; tensors that
     share a count (``scope="global"``) are all counted first: once for a sample where there are more
-    than 65,536 units, once for the count, and seldom once or twice again. What a
+    than 65,536 units, once for the count, and seldom once or twice again; with bounds or scales
+    (:class:`GlobalGroup`) some times more, to find out how many of each tensor go. What a
     :class:`LazyParams` says of shapes is believed, so that nothing is loaded to select rules.
 
     Args and errors are those of :func:`compute_masks`.
@@ -117,16 +118,21 @@ def iter_masks(
         if not isinstance(found, Mapping):
             got = type(found).__name__
             raise TypeError(f"Expected stats[{name!r}] as a dict by statistic; got {got}.")
-    return _masks(rules, shared_groups(rules, shapes), inputs)
+    sparsities = sparsities_at(rules, shapes, step)
+    return _masks(rules, sparsities, shared_groups(rules, shapes, sparsities), inputs)
 
 
 @torch.no_grad()
 def _masks(
-    rules: Mapping[str, Rule], groups: list[Shared], inputs: Inputs
+    rules: Mapping[str, Rule],
+    sparsities: Mapping[str, Fraction],
+    groups: list[Shared],
+    inputs: Inputs,
 ) -> Iterator[tuple[str, Tensor]]:
-    shared = shared_masks([g for g in groups if g.sparsity_at(inputs.step)], inputs)
+    shared = shared_masks([group for group in groups if group.sparsity], inputs)
     for name, rule in rules.items():
-        yield name, next(shared[name]) if name in shared else _mask(name, rule, inputs)
+        own = name not in shared
+        yield name, mask_of(name, rule, sparsities[name], inputs) if own else next(shared[name])
 
 
 def check_step(step: int) -> int:
@@ -140,14 +146,14 @@ def check_step(step: int) -> int:
     return whole
 
 
-def _mask(name: str, rule: Rule, inputs: Inputs) -> Tensor:
+def mask_of(name: str, rule: Rule, sparsity: Fraction, inputs: Inputs) -> Tensor:
+    """Return the mask of one tensor, whose groups are its own, at a sparsity of units."""
     weight, context = inputs.weight(name), inputs.context(name)
     block, layout = unit_layout(name, rule, weight.shape)
     prev, floor = (
         kept_units(what, given[name], block, weight, name) if name in given else None
         for what, given in inputs.given.items()
     )
-    sparsity = sparsity_at(name, rule, inputs.step)
     if sparsity == 0:  # no score is needed, nor a gradient
         refuse_nan(weight, f"the weight {name!r}")
         if floor is not None:

@@ -18,8 +18,9 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Discriminator, Field, Tag
 
 from purprune.errors import ConfigError
-from purprune.values import StrictInt, value
+from purprune.values import SparsityValue, StrictInt, exact, value
 
+Scale = Literal["l2", "mean", "max"]
 Size = Annotated[StrictInt, Field(ge=1)]
 
 
@@ -147,9 +148,41 @@ class GlobalGroup:
     """One group: all units of all tensors whose rules are equal, one score against another.
 
     How much of each tensor goes is decided by its values; the count of all of them is exact.
+
+    Args:
+        min_sparsity: of every tensor at least this goes; before the rule's own sparsity is as high,
+            all tensors have that one.
+        max_sparsity: of every tensor at most this goes.
+        normalize: scores of units are divided by what is usual in their tensor: ``"l2"`` by the
+            L2 norm of them all (Molchanov et al., 2017, arXiv:1611.06440), ``"mean"`` by the mean
+            and ``"max"`` by the largest of their absolute values. The order within a tensor stays.
+
+    >>> GlobalGroup(min_sparsity=0.1, max_sparsity=0.95).is_plain
+    False
     """
 
+    min_sparsity: SparsityValue = 0.0
+    max_sparsity: SparsityValue = 1.0
+    normalize: Scale | None = None
     kind: Literal["global"] = field(default="global", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check that there is something between the bounds."""
+        if exact(self.min_sparsity) > exact(self.max_sparsity):
+            raise ValueError(
+                f"expected min_sparsity <= max_sparsity; got {self.min_sparsity} and "
+                f"{self.max_sparsity}."
+            )
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether there is a tensor of which not everything may go."""
+        return exact(self.max_sparsity) < 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one threshold for the scores as they are decides alone."""
+        return not (self.is_capped or self.min_sparsity or self.normalize)
 
     def layout(self, shape: Sequence[int]) -> Layout:
         """Return how a unit grid of this shape divides into groups: it is a part of one."""
@@ -204,7 +237,7 @@ Group = Annotated[
     Discriminator("kind"),
 ]
 Norm = Literal["l2", "l1", "sum"]
-Scope = Literal["tensor", "global"]
+Scope = Literal["tensor", "global"] | GlobalGroup
 
 
 @value
@@ -227,15 +260,20 @@ class Pattern:
 
 
 def _scoped(scope: Scope) -> TensorGroup | GlobalGroup:
+    if isinstance(scope, GlobalGroup):
+        return scope
     if scope not in ("tensor", "global"):
-        raise ConfigError(f"Expected scope='tensor' or scope='global'; got {scope!r}.")
+        raise ConfigError(
+            f"Expected scope='tensor', scope='global' or a GlobalGroup; got {scope!r}."
+        )
     return GlobalGroup() if scope == "global" else TensorGroup()
 
 
 def Unstructured(*, scope: Scope = "tensor") -> Pattern:  # noqa: N802
     """Return the pattern in which each entry is a unit.
 
-    With ``scope="global"`` all tensors whose rules are equal share one count, here and below.
+    With ``scope="global"`` all tensors whose rules are equal share one count, here and below;
+    ``scope=GlobalGroup(min_sparsity=0.2, max_sparsity=0.9)`` bounds what each of them loses.
 
     >>> Unstructured() == Pattern(), Unstructured(scope="global") == Pattern(group=GlobalGroup())
     (True, True)

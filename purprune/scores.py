@@ -24,11 +24,11 @@ from pydantic import (
 )
 from torch import Tensor
 
+from purprune.callables import AnyCallable
 from purprune.context import ScoreContext as ScoreContext
 from purprune.context import wide, wide_stat
 from purprune.errors import near_misses
 from purprune.layer_scores import LAMP, RIA, Wanda
-from purprune.schedules import AnyCallable
 from purprune.values import StrictInt, value
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from purprune.balancing import balanced, limits_of, scaled
 from purprune.config import Rule
 from purprune.context import ScoreContext
 from purprune.counting import Group, Outcome, Part, count_down, keep
@@ -29,9 +30,9 @@ from purprune.scoring import (
     raw_scores,
     readable,
     refuse_parts,
-    sparsity_at,
     unit_layout,
 )
+from purprune.totals import sharing
 from purprune.units import exponent_of, grid_shape, is_entry, spread, unit_scores
 
 _CHEAP = 64
@@ -84,15 +85,18 @@ class Shared(NamedTuple):
 
     rule: Rule
     members: Mapping[str, Member]
+    sparsity: Fraction
+    """The sparsity in force, of units."""
 
     @property
     def units(self) -> int:
         """How many units all tensors have."""
         return sum(member.units for member in self.members.values())
 
-    def sparsity_at(self, step: int) -> Fraction:
-        """Return the sparsity in force, of units."""
-        return sparsity_at(next(iter(self.members)), self.rule, step)
+    @property
+    def pruned(self) -> int:
+        """How many of them go."""
+        return count(self.units, self.sparsity)
 
     @property
     def of_entries(self) -> bool:
@@ -105,20 +109,23 @@ class Shared(NamedTuple):
         return torch.float32 if any(m.mps for m in self.members.values()) else torch.float64
 
 
-def shared_groups(rules: Mapping[str, Rule], params: Mapping[str, Tensor]) -> list[Shared]:
+def shared_groups(
+    rules: Mapping[str, Rule], params: Mapping[str, Tensor], sparsities: Mapping[str, Fraction]
+) -> list[Shared]:
     """Return the groups that tensors share; no value is read.
 
     Raises:
         ConfigError: when a rule's pattern does not fit its tensor.
     """
-    groups: list[tuple[Rule, dict[str, Member]]] = []
-    for name, rule in rules.items():
-        if isinstance(rule.pattern.group, GlobalGroup):
-            same = next((members for known, members in groups if known == rule), None)
-            if same is None:
-                groups.append((rule, same := {}))
-            same[name] = _member(name, rule, params[name])
-    return [Shared(rule, members) for rule, members in groups]
+    return [
+        Shared(
+            rules[names[0]],
+            {name: _member(name, rules[name], params[name]) for name in names},
+            sparsities[names[0]],
+        )
+        for names in sharing(rules)
+        if rules[names[0]].is_global
+    ]
 
 
 def _member(name: str, rule: Rule, tensor: Tensor) -> Member:
@@ -133,17 +140,37 @@ def shared_masks(groups: list[Shared], inputs: Inputs) -> dict[str, Iterator[Ten
     Raises:
         NaNError: a weight or score holds NaN; names the parameter and the count.
     """
-    counted = [group_of(shared, inputs) for shared in groups]
     try:
-        outcomes = count_down(counted)
+        counted = [piece for shared in groups for piece in _counted(shared, inputs)]
+        # One after the other: buckets of many tensors at once would fill the memory.
+        outcomes = [count_down([group])[0] for _, group in counted]
     except NaNError:
         for shared in groups:
             _refuse_nan(shared, inputs)
         raise
     found: dict[str, Iterator[Tensor]] = {}
-    for shared, group, outcome in zip(groups, counted, outcomes, strict=True):
+    for (shared, group), outcome in zip(counted, outcomes, strict=True):
         found.update(dict.fromkeys(shared.members, _masks(shared, group, outcome)))
     return found
+
+
+def _counted(shared: Shared, inputs: Inputs) -> list[tuple[Shared, Group]]:
+    """Return what is counted: one group, or where tensors are balanced one for each of them."""
+    group, how = group_of(shared, inputs), shared.rule.pattern.group
+    if not isinstance(how, GlobalGroup) or how.is_plain:
+        return [(shared, group)]
+    held = [0 if p.floor is None else int((~p.floor).sum()) for p in group.parts]
+    trial = group
+    if how.normalize is not None:
+        squared = not shared.of_entries and norm_of(shared.rule) == "l2"
+        trial = scaled(group, how.normalize, squared, shared.wide)
+    numbers = balanced(trial, limits_of(how, group.sizes, shared.sparsity, held))
+    return [
+        (shared._replace(members={name: member}), group._replace(parts=[part], k=k, sizes=(size,)))
+        for (name, member), part, k, size in zip(
+            shared.members.items(), group.parts, numbers, group.sizes, strict=True
+        )
+    ]
 
 
 def _masks(shared: Shared, group: Group, outcome: Outcome) -> Iterator[Tensor]:
@@ -170,9 +197,8 @@ def group_of(shared: Shared, inputs: Inputs, scale: int | None = None) -> Group:
         for i, (name, scores) in enumerate(scorers.items())
         for prev, floor in [_kept(name, shared, inputs)]
     ]
-    k = count(shared.units, shared.sparsity_at(inputs.step))
     sizes = tuple(member.units for member in shared.members.values())
-    return Group(parts, k, sizes, dtype, ranks_absolute(shared.rule, shared.of_entries))
+    return Group(parts, shared.pruned, sizes, dtype, ranks_absolute(shared.rule, shared.of_entries))
 
 
 def _kept(name: str, shared: Shared, inputs: Inputs) -> list[Tensor | None]:

@@ -144,6 +144,59 @@ def global_oracle(
     return masks
 
 
+def balanced_oracle(
+    scores: dict[str, Tensor],
+    pattern: Pattern,
+    k: int,
+    limits: dict[str, tuple[int, int]],
+    prev: dict[str, Tensor],
+    floor: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return the masks by one stable sort: the least of each tensor first, beyond its most never.
+
+    All units are of several entries, or all are single ones.
+    """
+    masks = {name: torch.ones(tuple(s.shape), dtype=torch.bool) for name, s in scores.items()}
+    first: list[Row] = []
+    rest: list[Row] = []
+    for name, s in scores.items():
+        rows = [
+            (masks[name], entries, score, _gone(prev.get(name), entries), held)
+            for _, entries, score in _units(s, pattern)
+            for held in [_gone(floor.get(name), entries)]
+        ]
+        own = sorted(rows, key=lambda row: (not row[4], not row[3], row[2]))
+        low, high = limits[name]
+        low = max(low, sum(row[4] for row in rows))
+        first += own[:low]
+        kept = [id(row) for row in own[low : max(low, high)]]
+        rest += [row for row in rows if id(row) in kept]
+    rest.sort(key=lambda row: (not row[4], not row[3], row[2]))
+    for mask, entries, *_ in first + rest[: max(0, k - len(first))]:
+        for index in entries:
+            mask[index] = False
+    return masks
+
+
+def apportion_oracle(
+    weights: list[int | Fraction], caps: list[int], quanta: list[int]
+) -> dict[int, list[int]]:
+    """Return the seats at every total that giving one quantum after the other passes by."""
+    seats = [0] * len(caps)
+    found = {0: [*seats]}
+    while True:
+        due = [
+            (-Fraction(w) / (size * (2 * (had // size) + 1)), i)
+            for i, (w, size, had) in enumerate(zip(weights, quanta, seats, strict=True))
+            if w and had + size <= caps[i]
+        ]
+        if not due:
+            return found
+        _, i = min(due)
+        seats[i] += quanta[i]
+        found[sum(seats)] = [*seats]
+
+
 def polynomial_oracle(
     step: int, updates: list[int], power: int, initial: Fraction, target: Fraction
 ) -> Fraction:
@@ -155,3 +208,33 @@ def polynomial_oracle(
             left = Fraction(last - i, last) if last else Fraction(0)
             value = target + (initial - target) * left**power
     return value
+
+
+def walked(step: int, updates: list[int], at: Any, initial: Any) -> Any:
+    """Return what a training loop holds at a step that puts ``at(i / (L - 1))`` at update i."""
+    value = initial
+    for t in range(step + 1):
+        if t in updates:
+            i, last = updates.index(t), len(updates) - 1
+            value = at(i / last if last else 1.0)
+    return value
+
+
+def cosine_oracle(step: int, updates: list[int], initial: float, target: float) -> float:
+    """Return the sparsity of a cosine ramp in floats."""
+    return walked(
+        step,
+        updates,
+        lambda x: target + (initial - target) * (1 + math.cos(math.pi * x)) / 2,
+        initial,
+    )
+
+
+def exponential_oracle(step: int, updates: list[int], initial: float, target: float) -> float:
+    """Return the sparsity of a ramp of equal factors of the density in floats."""
+
+    def at(x: float) -> float:
+        first, last = 1 - initial, 1 - target
+        return 1 - (0.0 if first == 0 < x < 1 else first * (last / (first or 1)) ** x)
+
+    return target if step >= updates[-1] else walked(step, updates, at, initial)

@@ -182,6 +182,7 @@ PATTERNS = {
     "channel of dim 1, global": Channel(1, scope="global"),
     "kernel, sum, global": Kernel(norm="sum", scope="global"),
     "block (3, -1), global": Block((3, -1), norm="l1", scope="global"),
+    "kernel, balanced": Kernel(scope=GlobalGroup(min_sparsity=0.2, normalize="l2")),
     "channels in rows": Pattern(unit=ChannelUnit(1), group=RowGroup(1)),
 }
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 
 from oracles import prune_oracle
-from purprune import PolynomialDecay, PruneConfig, Rule, ScoreContext, apply_masks, compute_masks
+from purprune import (
+    ConfigError,
+    PolynomialDecay,
+    PruneConfig,
+    Rule,
+    ScoreContext,
+    apply_masks,
+    compute_masks,
+)
 from purprune import plan as make_plan
+from purprune.patterns import TensorGroup
 from strategies import PATTERNS, SCORES, exact_sparsity, stats_for, target_of
 
 
@@ -114,6 +124,19 @@ def test_an_empty_tensor_has_an_empty_mask(score, pattern):
         Rule(target_of(pattern, 0.5), score=score, pattern=pattern),
     )
     assert mask.shape == (0, 4, 2)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "er", "erk"])
+def test_a_budget_gives_a_tensor_alone_its_whole_total(score, pattern, budget):
+    """Defends budgets with every score and unit: one tensor has what it has without."""
+    params, grads = _case()
+    own = Rule(target_of(pattern, 0.4), score=score, pattern=pattern)
+    if not isinstance(pattern.group, TensorGroup):
+        with pytest.raises(ConfigError, match="budget='own'"):
+            replace(own, budget=budget)
+        return
+    mask = _mask(params, grads, replace(own, budget=budget))
+    assert torch.equal(mask, _mask(params, grads, own))
 
 
 def test_fractions_of_a_pattern_are_exact():

@@ -13,6 +13,9 @@ from purprune_adapters.files import load_pruner as load_pruner
 from purprune_adapters.files import save_pruner as save_pruner
 from purprune_adapters.layerwise import prune_layerwise as prune_layerwise
 from purprune_adapters.pruner import Pruner as Pruner
+from purprune_adapters.pruning_at_init import grasp_masks as grasp_masks
+from purprune_adapters.pruning_at_init import snip_masks as snip_masks
+from purprune_adapters.pruning_at_init import synflow_masks as synflow_masks
 from purprune_adapters.report import Report as Report
 from purprune_adapters.report import ReportRow as ReportRow
 from purprune_adapters.resolve import resolve as resolve

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from purprune import ConfigError
+from purprune.context import full_precision
+from purprune.statistics import ACCUMULATED
 
 GRADIENT_STATS = ("gradient", "squared_gradient", "movement")
 """The statistics that are sums over the gradients of batches."""
@@ -52,10 +54,9 @@ class GradientSums:
         self._batches += 1
 
     def _add(self, name: str, weight: Tensor, grad: Tensor) -> None:
-        grad, sums = grad if grad.itemsize >= 4 else grad.float(), self._sums[name]
+        weight, grad, sums = full_precision(weight), full_precision(grad), self._sums[name]
         for stat in self._needs[name]:
-            found = grad.square() if stat == "squared_gradient" else grad
-            found = -weight * grad if stat == "movement" else found
+            found = ACCUMULATED[stat](weight, grad) if stat in ACCUMULATED else grad
             sums[stat] = sums[stat] + found if stat in sums else found
 
     def results(self) -> dict[str, dict[str, Tensor]]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +15,6 @@ from torch import Tensor, nn
 
 from purprune import (
     ConfigError,
-    ConstantSparsity,
-    GlobalGroup,
     Magnitude,
     NaNError,
     Pattern,
@@ -32,6 +31,7 @@ from purprune.patterns import EveryGroup, RowGroup
 from purprune.ranking import refuse_nan
 from purprune.scores import Score, needs_of
 from purprune.sparsegpt import refuse_pattern
+from purprune.totals import sparsities_at
 from purprune_adapters.batches import Forward, batches, evaluating, run, tracked
 from purprune_adapters.blocks import calls_of, names_of, without_cache
 from purprune_adapters.inputs import INPUT_STATS, InputSums, Layer, layer_of, with_outputs_first
@@ -64,8 +64,8 @@ def prune_layerwise(
     """Prune a model block by block in one shot, on calibration data and without training.
 
     For each block in order: the inputs of its selected layers are summed up over the batches, the
-    layers are pruned to the targets of their rules, and the block's outputs are computed again,
-    with the pruned weights, as the inputs of the next block.
+    layers are pruned to the targets of their rules (or what a budget gives them), and the block's
+    outputs are computed again, with the pruned weights, as the inputs of the next block.
 
     Memory beside the model and its copy (with ``inplace`` one of the weights to prune): the
     Hessians of one block's layers in float64 (8 n**2 bytes for n inputs; SparseGPT needs a few more
@@ -147,10 +147,11 @@ def _rules_in(
     if not rules:
         raise SelectionError(
             f"Expected rules for weights in the blocks; got none in {', '.join(blocks[:3])}. They "
-            f"are for {', '.join([*selection.rules][:3])}. The module type of GPT-2's is Conv1D."
+            f"are for {', '.join([*selection.rules][:3])}."
         )
     outside = {name: "outside of the blocks" for name in selection.rules if name not in rules}
-    chosen = {name: _one_shot(name, rule, method) for name, rule in rules.items()}
+    targets = sparsities_at(rules, dict(model.named_parameters()), None)
+    chosen = {name: _one_shot(name, rules[name], targets[name], method) for name in rules}
     for name, rule in chosen.items():
         layer = layer_of(model, name)
         refuse_nan(layer.weight.detach(), f"the weight {name!r}")
@@ -170,12 +171,14 @@ def _is_in(name: str, blocks: Sequence[str]) -> bool:
     return any(name.startswith(f"{block}.") for block in blocks)
 
 
-def _one_shot(name: str, rule: Rule, method: Literal["sparsegpt"] | Score | None) -> Rule:
+def _one_shot(
+    name: str, rule: Rule, target: Fraction, method: Literal["sparsegpt"] | Score | None
+) -> Rule:
     """Return the rule that prunes to the target at once, by the method."""
-    if rule.last_step is None or isinstance(rule.pattern.group, GlobalGroup):
+    if rule.is_global:
         raise ConfigError(
-            f"Expected a rule with a target for {name!r} by itself; got a callable schedule or "
-            f"scope='global'. Write Rule(0.5), or a rule for each layer."
+            f"Expected counts that values of other layers do not change, since those are not "
+            f"pruned yet; {name!r} has scope='global'. A budget divides a total by shapes."
         )
     if method == "sparsegpt" and rule.score != Magnitude():
         raise ConfigError(
@@ -183,7 +186,7 @@ def _one_shot(name: str, rule: Rule, method: Literal["sparsegpt"] | Score | None
             f"Pass method=None to prune by it."
         )
     chosen: Any = rule.score if method in ("sparsegpt", None) else method
-    rule = replace(rule, schedule=ConstantSparsity(), initial_sparsity=0.0, score=chosen)
+    rule = Rule(target, pattern=rule.pattern, score=chosen)
     if other := set(needs_of(rule.score)) - set(INPUT_STATS):
         raise ConfigError(
             f"Expected a score of weights and inputs for {name!r}; {rule.score} needs "

@@ -202,6 +202,18 @@ def test_patterns_of_conv1d_mean_the_weight_as_it_is_stored():
         assert not model.get_parameter(name)[~mask].any()
 
 
+def test_a_budget_divides_the_total_of_the_blocks():
+    """Defends rules that share a total by their shapes: exact for all of them together."""
+    model = encoder()
+    config = {"module_name_configs": {"*.linear?": Rule(0.6, budget="erk"), "*.in_proj_weight": {
+        "target_sparsity": 0.6, "budget": "erk"}}}  # fmt: skip
+    masks = prune_layerwise(model, "", STATES, config).masks
+    pruned = {name: int((~mask).sum()) for name, mask in masks.items()}
+    entries = sum(mask.numel() for mask in masks.values())
+    assert sum(pruned.values()) == entries * 6 // 10
+    assert len({pruned[name] / mask.numel() for name, mask in masks.items()}) > 1
+
+
 def test_the_error_is_that_of_the_layers_outputs():
     """Defends the reported number against the outputs themselves."""
     layer = nn.Linear(6, 4, bias=False)
@@ -333,7 +345,7 @@ BETWEEN = Between()
         (
             lambda: prune_layerwise(SMALL, "", X, Rule(schedule=lambda step: 0.5)),
             ConfigError,
-            "callable schedule",
+            "'0.weight', since its schedule is a callable",
         ),
         (lambda: prune_layerwise(SMALL, "", X, Rule(score="wanda")), ConfigError, "method=None"),
         (
