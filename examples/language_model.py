@@ -116,7 +116,7 @@ def train(model: nn.Module, text: Tensor, steps: int, batch: int) -> None:
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(model, sample(text, batch, generator)).backward()
+        loss(model, sample(text, batch, generator)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
 
@@ -126,7 +126,7 @@ def bits_per_byte(model: nn.Module, text: Tensor) -> float:
     """Return the mean bits that the model needs for a byte of the text."""
     model.eval()
     pieces = text[: len(text) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
-    losses = [float(loss(model, part)) * len(part) for part in pieces.split(64)]
+    losses = [float(loss(model, part)) * len(part) for part in torch.split(pieces, 64)]
     return sum(losses) / len(pieces) / math.log(2)
 
 
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[tuple[str, str], tuple[
     dense = bits_per_byte(model, held_out)
     print(f"{options.steps} steps in {seconds:.0f} s: {dense:.3f} bits per byte held out")
     calibration = sample(training, options.calibrate, torch.Generator().manual_seed(1))[:, :-1]
-    found = compare(model, calibration.split(32), held_out, options.patterns)
+    found = compare(model, torch.split(calibration, 32), held_out, options.patterns)
     print(table(found, options.patterns))
     return found
 

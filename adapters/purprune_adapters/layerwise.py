@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def prune_layerwise(
     loader: Iterable[Any],
     config: PruneConfig | Rule | Mapping[str, Any],
     *,
-    method: Literal["sparsegpt"] | Score | None = "sparsegpt",
+    method: str | Score | None = "sparsegpt",
     block_size: int = 128,
     damping: float = 0.01,
     inplace: bool = False,
@@ -139,7 +139,7 @@ def _rules_in(
     model: nn.Module,
     blocks: Sequence[str],
     config: PruneConfig | Rule | Mapping[str, Any],
-    method: Literal["sparsegpt"] | Score | None,
+    method: str | Score | None,
 ) -> tuple[dict[str, Rule], dict[str, str]]:
     """Return the rules for weights in the blocks, and why each other parameter stays as it is."""
     selection = resolve_rules(model, as_config(config))
@@ -171,9 +171,7 @@ def _is_in(name: str, blocks: Sequence[str]) -> bool:
     return any(name.startswith(f"{block}.") for block in blocks)
 
 
-def _one_shot(
-    name: str, rule: Rule, target: Fraction, method: Literal["sparsegpt"] | Score | None
-) -> Rule:
+def _one_shot(name: str, rule: Rule, target: Fraction, method: str | Score | None) -> Rule:
     """Return the rule that prunes to the target at once, by the method."""
     if rule.is_global:
         raise ConfigError(
