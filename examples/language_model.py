@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-from purprune import NM, Pattern, Rule, Unstructured
-from purprune.patterns import RowGroup
+from purprune import NM, Rule, Unstructured
 from purprune.tables import text_table
 from purprune_adapters import prune_layerwise
 
@@ -134,9 +133,9 @@ def rule_for(method: str, pattern: str) -> Rule:
     """Return the rule that prunes to a pattern as the method's paper does."""
     if pattern == "2:4":
         return Rule(pattern=NM(zeros=2, m=4))
-    in_rows = method in ("wanda", "ria")
     sparsity = int(pattern.split()[0]) / 100
-    return Rule(sparsity, pattern=Pattern(group=RowGroup(dim=0)) if in_rows else Unstructured())
+    in_rows = method in ("wanda", "ria")
+    return Rule(sparsity, pattern=Unstructured(scope="row" if in_rows else "tensor"))
 
 
 def compare(

@@ -4,6 +4,7 @@ from purprune.allocations import ErdosRenyi as ErdosRenyi
 from purprune.allocations import Uniform as Uniform
 from purprune.config import PruneConfig as PruneConfig
 from purprune.config import Rule as Rule
+from purprune.envelopes import allocate_by_sensitivity as allocate_by_sensitivity
 from purprune.errors import ConfigError as ConfigError
 from purprune.errors import NaNError as NaNError
 from purprune.errors import SelectionError as SelectionError
@@ -17,6 +18,8 @@ from purprune.masks import apply_masks as apply_masks
 from purprune.masks import compute_masks as compute_masks
 from purprune.masks import iter_masks as iter_masks
 from purprune.masks import sparsity as sparsity
+from purprune.measuring import sensitivity as sensitivity
+from purprune.outliers import allocate_by_outliers as allocate_by_outliers
 from purprune.packing import pack_masks as pack_masks
 from purprune.packing import unpack_masks as unpack_masks
 from purprune.patterns import NM as NM
@@ -26,6 +29,9 @@ from purprune.patterns import GlobalGroup as GlobalGroup
 from purprune.patterns import Kernel as Kernel
 from purprune.patterns import Pattern as Pattern
 from purprune.patterns import Unstructured as Unstructured
+from purprune.permutation import kept_magnitude as kept_magnitude
+from purprune.permutation import search_permutation as search_permutation
+from purprune.permuting import permute_inputs as permute_inputs
 from purprune.phases import Alternating as Alternating
 from purprune.planning import Plan as Plan
 from purprune.planning import plan as plan
@@ -50,6 +56,8 @@ from purprune.scores import Random as Random
 from purprune.scores import ScoreContext as ScoreContext
 from purprune.scores import Taylor as Taylor
 from purprune.selection import LazyParams as LazyParams
+from purprune.sensitivities import Sensitivity as Sensitivity
+from purprune.sensitivities import mean_sensitivity as mean_sensitivity
 from purprune.sparsegpt import sparsegpt as sparsegpt
 from purprune.straight_through import straight_through as straight_through
 from purprune.updating import update_masks as update_masks

@@ -30,13 +30,15 @@ from purprune.patterns import (
     NM,
     Block,
     Channel,
+    EveryGroup,
     GlobalGroup,
     Kernel,
     Pattern,
     TensorGroup,
+    TransposableGroup,
     Unstructured,
 )
-from purprune.regrow import AnyRegrow
+from purprune.regrow import AnyRegrow, Regrow
 from purprune.schedules import ConstantSparsity, Ramp, Schedule
 from purprune.scores import Magnitude, Score
 from purprune.values import KNOWN_KEYS, FrozenDict, SparsityValue, StrictInt, exact, value
@@ -174,8 +176,21 @@ class Rule:
                 f"the counts of each tensor themselves; got {self.budget!r}. Leave the budget out, "
                 f"or take a pattern whose group is the tensor."
             )
-
         self._refuse_beyond_caps()
+        self._refuse_idle_exchange()
+
+    def _refuse_idle_exchange(self) -> None:
+        """Refuse an exchange of which the whole numbers in small groups leave nothing."""
+        group, regrow = self.pattern.group, self.regrow
+        if not isinstance(regrow, Regrow) or not isinstance(group, EveryGroup | TransposableGroup):
+            return
+        kept = group.m - group.zeros
+        if kept and regrow.fraction and exact(regrow.fraction) * kept < 1:
+            raise ValueError(
+                f"expected a fraction of at least 1/{kept}, which exchanges one of the {kept} that "
+                f"are kept in {group.m}; got regrow.fraction={regrow.fraction}, which exchanges "
+                f"none. Where it decays, exchanges end when it falls below."
+            )
 
     def _refuse_beyond_caps(self) -> None:
         group = self.pattern.group

@@ -17,6 +17,7 @@ from purprune.ranking import count
 from purprune.scoring import kept_units, readable, unit_layout
 from purprune.selection import check_params
 from purprune.totals import sharing, sparsities_at
+from purprune.transposable import refuse_uneven
 
 Total = Callable[[Mapping[str, list[int]]], dict[str, list[int]]]
 
@@ -143,6 +144,7 @@ def _counted(
         )
     if layout.is_whole:
         return kept.numel(), int((~kept).sum()), int((~below).sum())
+    refuse_uneven(name, rule.pattern.group, floor=below, masks=kept)
     floors = _pruned_by_group(below, layout)
     for (size, pruned), (_, least) in zip(_pruned_by_group(kept, layout), floors, strict=True):
         due = least.clamp(min=count(size, sparsity))
@@ -180,7 +182,8 @@ def refuse_unfit_floor(
         if not isinstance(mask, Tensor):
             raise TypeError(f"Expected a bool mask for {name!r}; got {type(mask).__name__}.")
         block, _ = unit_layout(name, rules[name], params[name].shape)
-        kept_units("masks", mask, block, params[name], name)
+        kept = kept_units("masks", mask, block, params[name], name)
+        refuse_uneven(name, rules[name].pattern.group, masks=kept)
 
 
 def refuse_without_rule(floor: Iterable[str], rules: Mapping[str, Rule]) -> None:

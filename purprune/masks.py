@@ -17,6 +17,7 @@ from torch import Tensor
 
 from purprune.config import PruneConfig, Rule, as_config
 from purprune.errors import NaNError, near_misses
+from purprune.patterns import TransposableGroup
 from purprune.ranking import keep_all_but_lowest, refuse_nan
 from purprune.scoring import (
     check_mask,
@@ -30,6 +31,7 @@ from purprune.scoring import (
 from purprune.selection import check_params, described, select
 from purprune.sharing import Inputs, Shared, shared_groups, shared_masks
 from purprune.totals import sparsities_at
+from purprune.transposable import keep_largest_sum, refuse_uneven
 from purprune.units import is_entry, spread, unit_scores
 
 
@@ -47,7 +49,8 @@ def compute_masks(
 
     In every group exactly ``k = floor(units * sparsity(step))`` units are pruned: the first by
     (score, flat index), and where tensors share a group, ties by the order of ``params``. With
-    ``floor`` they are the larger of k and what ``floor`` prunes there.
+    ``floor`` they are the larger of k and what ``floor`` prunes there. Of transposable masks the
+    one that keeps the largest sum of scores is taken (:mod:`purprune.transposable`).
 
     Args:
         params: flat mapping of dotted names to tensors, as ``dict(model.named_parameters())``.
@@ -154,6 +157,8 @@ def mask_of(name: str, rule: Rule, sparsity: Fraction, inputs: Inputs) -> Tensor
         kept_units(what, given[name], block, weight, name) if name in given else None
         for what, given in inputs.given.items()
     )
+    group = rule.pattern.group
+    refuse_uneven(name, group, floor=floor, prev=prev)
     if sparsity == 0:  # no score is needed, nor a gradient
         refuse_nan(weight, f"the weight {name!r}")
         if floor is not None:
@@ -162,7 +167,10 @@ def mask_of(name: str, rule: Rule, sparsity: Fraction, inputs: Inputs) -> Tensor
     try:
         scores = unit_scores(raw_scores(weight, rule, context), block, norm_of(rule))
         absolute = ranks_absolute(rule, is_entry(block))
-        keep = keep_all_but_lowest(scores, absolute, layout, sparsity, prev, floor)
+        if isinstance(group, TransposableGroup):
+            keep = keep_largest_sum(scores, absolute, group, sparsity, prev, floor)
+        else:
+            keep = keep_all_but_lowest(scores, absolute, layout, sparsity, prev, floor)
     except NaNError:
         refuse_nan(weight, f"the weight {name!r}")
         refuse_nan(raw_scores(weight, rule, context), f"the score of {name!r}")

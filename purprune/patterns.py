@@ -229,15 +229,54 @@ class EveryGroup:
         return Layout((*others, at), lead=len(others), size=self.m)
 
 
+@value
+class TransposableGroup:
+    """Every row and every column of every ``m`` x ``m`` block along ``dims`` is a group.
+
+    In each of them ``zeros`` of m entries go in the end, so that the tensor and its transpose are
+    N:M alike. A choice in one row changes what is left for the others: no longer the lowest go,
+    but those without which the sum of the kept scores is the largest
+    (:mod:`purprune.transposable`). ``m`` divides both dims; units are single entries.
+    """
+
+    zeros: Annotated[StrictInt, Field(ge=0)]
+    m: Annotated[StrictInt, Field(ge=1, le=16)]
+    dims: tuple[StrictInt, StrictInt] = (0, 1)
+    kind: Literal["transposable"] = field(default="transposable", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check that there are that many entries to prune."""
+        EveryGroup(self.zeros, self.m)
+
+    def axes(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return the dims of a block's rows and columns, counted from 0."""
+        down, across = (_dim(dim, shape) for dim in self.dims)
+        if down == across:
+            raise ConfigError(f"Expected two dims that differ; got dims={self.dims}.")
+        return down, across
+
+    def layout(self, shape: Sequence[int]) -> Layout:
+        """Return how a unit grid of this shape divides into the rows of blocks."""
+        down, across = self.axes(shape)
+        if shape[down] % self.m or shape[across] % self.m:
+            raise ConfigError(
+                f"Expected m={self.m} to divide dims {down} and {across} of a transposable "
+                f"pattern; got shape {tuple(shape)}. NM({self.zeros}, {self.m}) takes any; "
+                f"or leave it dense with None."
+            )
+        return EveryGroup(self.zeros, self.m, across).layout(shape)
+
+
 Group = Annotated[
     Annotated[TensorGroup, Tag("tensor")]
     | Annotated[GlobalGroup, Tag("global")]
     | Annotated[RowGroup, Tag("row")]
-    | Annotated[EveryGroup, Tag("every")],
+    | Annotated[EveryGroup, Tag("every")]
+    | Annotated[TransposableGroup, Tag("transposable")],
     Discriminator("kind"),
 ]
 Norm = Literal["l2", "l1", "sum"]
-Scope = Literal["tensor", "global"] | GlobalGroup
+Scope = Literal["tensor", "row", "global"] | GlobalGroup
 
 
 @value
@@ -252,27 +291,45 @@ class Pattern:
     group: Group = TensorGroup()
     norm: Norm = "l2"
 
+    def __post_init__(self) -> None:
+        """Check that the unit and the group go together."""
+        if isinstance(self.group, TransposableGroup) and not isinstance(self.unit, EntryUnit):
+            raise ValueError(
+                f"expected single entries as the units of a transposable group; got {self.unit}. "
+                f"NM(zeros, m, transposable=True) has them."
+            )
+
     @property
     def target(self) -> Fraction | None:
         """The sparsity that the pattern itself sets: zeros / m; None when it sets none."""
         group = self.group
-        return Fraction(group.zeros, group.m) if isinstance(group, EveryGroup) else None
+        if not isinstance(group, EveryGroup | TransposableGroup):
+            return None
+        return Fraction(group.zeros, group.m)
 
 
-def _scoped(scope: Scope) -> TensorGroup | GlobalGroup:
+_SCOPES: dict[str, TensorGroup | RowGroup | GlobalGroup] = {
+    "tensor": TensorGroup(),
+    "row": RowGroup(),
+    "global": GlobalGroup(),
+}
+
+
+def _scoped(scope: Scope) -> TensorGroup | RowGroup | GlobalGroup:
     if isinstance(scope, GlobalGroup):
         return scope
-    if scope not in ("tensor", "global"):
+    if scope not in _SCOPES:
         raise ConfigError(
-            f"Expected scope='tensor', scope='global' or a GlobalGroup; got {scope!r}."
+            f"Expected scope='tensor', 'row', 'global' or a GlobalGroup; got {scope!r}."
         )
-    return GlobalGroup() if scope == "global" else TensorGroup()
+    return _SCOPES[scope]
 
 
 def Unstructured(*, scope: Scope = "tensor") -> Pattern:  # noqa: N802
     """Return the pattern in which each entry is a unit.
 
-    With ``scope="global"`` all tensors whose rules are equal share one count, here and below;
+    With ``scope="row"`` every row along dim 0 has the same count, here and below. With
+    ``scope="global"`` all tensors whose rules are equal share one;
     ``scope=GlobalGroup(min_sparsity=0.2, max_sparsity=0.9)`` bounds what each of them loses.
 
     >>> Unstructured() == Pattern(), Unstructured(scope="global") == Pattern(group=GlobalGroup())
@@ -315,15 +372,18 @@ def Block(  # noqa: N802
     return Pattern(unit=BlockUnit(extents), group=_scoped(scope), norm=norm)
 
 
-def NM(zeros: int, m: int, *, dim: int = 1) -> Pattern:  # noqa: N802
+def NM(zeros: int, m: int, *, dim: int = 1, transposable: bool = False) -> Pattern:  # noqa: N802
     """Return N:M sparsity: of every ``m`` neighbours along ``dim``, ``zeros`` go.
 
     The first number of "n:m" means zeros in some libraries and survivors in others, hence the
-    name. While a schedule grows, floor(m * sparsity) go.
+    name. While a schedule grows, floor(m * sparsity) go. With ``transposable=True`` it holds along
+    dim 0 too, for m up to 16 that divides both dims: see :class:`TransposableGroup`.
 
     >>> NM(zeros=2, m=4).target
     Fraction(1, 2)
     """
+    if transposable:
+        return Pattern(group=TransposableGroup(zeros, m, (0, dim)))
     return Pattern(group=EveryGroup(zeros, m, dim))
 
 

@@ -57,7 +57,7 @@ def sparsegpt(
         hessian: (n, n) with n = in * ..., in the order of ``weight.flatten(1)``, of float32 or
             better. A factor changes nothing: a power of two no bit, another only the rounding.
         pattern: single entries in one group for the tensor, in rows along dim 0, or N:M along an
-            input dim: ``Unstructured()``, ``Pattern(group=RowGroup(0))``, ``NM(2, 4)``.
+            input dim: ``Unstructured()``, ``Unstructured(scope="row")``, ``NM(2, 4)``.
         sparsity: the fraction of entries to prune; None means what the pattern sets.
         block_size: so many columns are updated at a time, and without N:M ranked together. With
             N:M it changes nothing but rounding: no group is cut.
@@ -206,15 +206,15 @@ def _blocks_of_groups(
 
 def refuse_pattern(pattern: Pattern, weight: Tensor) -> None:
     """Raise for a pattern that the sweep over columns has no groups for."""
-    group, rows_first = pattern.group, pattern.group.layout(weight.shape).order[0] == 0
+    group, shape = pattern.group, weight.shape
     fits = isinstance(group, TensorGroup) or (
-        isinstance(group, RowGroup | EveryGroup) and rows_first and weight.dim() > 1
+        isinstance(group, RowGroup | EveryGroup) and group.layout(shape).order[0] == 0
     )
     if not fits or not isinstance(pattern.unit, EntryUnit):
         raise ConfigError(
             f"Expected single entries in one group, in rows along dim 0 or N:M along an input dim; "
             f"got {pattern}. SparseGPT has no other: write Unstructured(), NM(2, 4) or "
-            f"Pattern(group=RowGroup(0)), or use compute_masks, which takes any pattern."
+            f"Unstructured(scope='row'), or use compute_masks, which takes any pattern."
         )
 
 

@@ -66,7 +66,7 @@ def _as_sparsity(s: Any) -> float | Fraction:
 
 
 def _as_plain(s: float | Fraction) -> float | str:
-    return str(s) if isinstance(s, Fraction) else s
+    return float(s) if not isinstance(s, Fraction) or s.denominator == 1 else str(s)
 
 
 _FRACTION = re.compile(r"[0-9]+/[1-9][0-9]*")

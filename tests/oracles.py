@@ -101,6 +101,8 @@ def prune_oracle(
     floor: Tensor | None = None,
 ) -> Tensor:
     """Return the mask (True = keep) by a stable sort in each group, all sums exact."""
+    if pattern.group.kind == "transposable":
+        return transposable_oracle(scores, pattern.group, sparsity, prev, floor)
     mask = torch.ones(tuple(scores.shape), dtype=torch.bool)
     groups: dict[Any, list[Row]] = defaultdict(list)
     for unit, entries, score in _units(scores, pattern):
@@ -109,6 +111,74 @@ def prune_oracle(
     for units in groups.values():
         _prune(units, sparsity)
     return mask
+
+
+def even_masks(m: int, k: int) -> list[list[tuple[bool, ...]]]:
+    """Return every mask of a block with k zeros in each row and column, in the order of ties."""
+    rows = sorted(set(itertools.permutations([False] * k + [True] * (m - k))))
+    found: list[list[tuple[bool, ...]]] = [[]]
+    for i in range(m):
+        found = [
+            [*mask, row]
+            for mask in found
+            for row in rows
+            if all(
+                m - k - (m - 1 - i) <= sum(r[j] for r in [*mask, row]) <= m - k for j in range(m)
+            )
+        ]
+    return found
+
+
+def _first_best(block: Tensor, k: int, must_go: Tensor, may_go: Tensor) -> Any:
+    """Return the first mask of a block with the largest kept sum, all sums exact."""
+    values = block.double().tolist()
+    largest = max([abs(v) for row in values for v in row if not math.isinf(v)], default=0) or 1
+    sums = []
+    for mask in even_masks(len(values), k):
+        kept = torch.tensor(mask)
+        if bool((kept & must_go).any()) or bool((~kept & ~may_go).any()):
+            continue
+        stay = block.double()[kept].tolist()
+        infinite = sum((v > 0) - (v < 0) for v in stay if math.isinf(v))
+        finite = sum(Fraction(v) / Fraction(largest) for v in stay if not math.isinf(v))
+        sums.append(((infinite, finite), kept))
+    best = max(s for s, _ in sums)
+    return next(kept for s, kept in sums if s == best)
+
+
+def _at_once(scores: Tensor, group: Any) -> list[tuple[slice | int, ...]]:
+    """Return where the blocks of a transposable group lie."""
+    down, across = (d % scores.dim() for d in group.dims)
+    starts = [
+        range(0, n, group.m) if d in (down, across) else range(n)
+        for d, n in enumerate(scores.shape)
+    ]
+    return [
+        tuple(slice(i, i + group.m) if d in (down, across) else i for d, i in enumerate(at))
+        for at in itertools.product(*starts)
+    ]
+
+
+def transposable_oracle(
+    scores: Tensor,
+    group: Any,
+    sparsity: Fraction,
+    prev: Tensor | None = None,
+    floor: Tensor | None = None,
+) -> Tensor:
+    """Return the mask by a comparison of all masks of every block."""
+    keep = torch.ones(scores.shape, dtype=torch.bool)
+    floor = keep if floor is None else floor
+    prev = floor if prev is None else prev & floor
+    turned = group.dims[0] % scores.dim() > group.dims[1] % scores.dim() if scores.dim() else False
+    for at in _at_once(scores, group):
+        block, before, least = (t[at].T if turned else t[at] for t in (scores, prev, floor))
+        due = max(math.floor(group.m * sparsity), int((~least[0]).sum()))
+        falls = int((~before[0]).sum()) > due
+        must_go, may_go = (~least, ~before) if falls else (~before, torch.ones_like(before))
+        best = _first_best(block, due, must_go, may_go)
+        keep[at] = best.T if turned else best
+    return keep
 
 
 def global_oracle(

@@ -183,6 +183,7 @@ PATTERNS = {
     "kernel, sum, global": Kernel(norm="sum", scope="global"),
     "block (3, -1), global": Block((3, -1), norm="l1", scope="global"),
     "kernel, balanced": Kernel(scope=GlobalGroup(min_sparsity=0.2, normalize="l2")),
+    "2:4, transposable": NM(zeros=2, m=4, transposable=True),
     "channels in rows": Pattern(unit=ChannelUnit(1), group=RowGroup(1)),
 }
 

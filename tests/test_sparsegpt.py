@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purprune import NM, Channel, ConfigError, NaNError, Pattern, Unstructured, sparsegpt
-from purprune.patterns import RowGroup
+from purprune.patterns import RowGroup, TransposableGroup
 
 Matrix = NDArray[np.float64]
 ROWS = Pattern(group=RowGroup(0))
@@ -325,6 +325,7 @@ WEIGHT, HESSIAN = layer(4, 8)
         ((WEIGHT, HESSIAN, Channel()), ConfigError, "Unstructured"),
         ((WEIGHT, HESSIAN, Unstructured(scope="global")), ConfigError, "Unstructured"),
         ((WEIGHT, HESSIAN, NM(2, 4, dim=0)), ConfigError, "along an input dim"),
+        ((WEIGHT, HESSIAN, Pattern(group=TransposableGroup(2, 4))), ConfigError, "Unstructured"),
         ((WEIGHT, HESSIAN, NM(2, 4, dim=2)), ConfigError, "Expected a dim"),
         ((WEIGHT, HESSIAN, Pattern(group=RowGroup(1))), ConfigError, "rows along dim 0"),
         ((WEIGHT, HESSIAN, Unstructured(), None), ConfigError, "Expected a sparsity"),

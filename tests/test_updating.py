@@ -33,6 +33,7 @@ from purprune import (
     straight_through,
     update_masks,
 )
+from purprune.patterns import TransposableGroup
 from strategies import DTYPES, PATTERNS, exact_sparsity, exact_values, target_of, weights
 
 FRACTIONS = st.sampled_from([0.0, 0.1, 0.3, 0.5, 1.0])
@@ -51,15 +52,16 @@ def zeros(masks: dict[str, Tensor]) -> int:
 @pytest.mark.parametrize("grow", ["gradient", "random"])
 def test_an_exchange_is_two_stable_sorts(pattern, grow):
     """Defends the definition: prune to s + f (1 - s) within what is kept, then let k stay gone."""
-    w, g = values((10, 7, 3), 0), values((10, 7, 3), 1)
-    exchange = Regrow(every=3, end_step=10, fraction=0.4, score=grow)
+    shape = (8, 8, 3) if isinstance(pattern.group, TransposableGroup) else (10, 7, 3)
+    w, g = values(shape, 0), values(shape, 1)
+    exchange = Regrow(every=3, end_step=10, fraction=0.5, score=grow)
     rule = Rule(target_of(pattern, 0.6), pattern=pattern, regrow=exchange)
     config = PruneConfig().set_module_name("w", rule)
     s = exact_sparsity(pattern, 0.6)
     first = update_masks({"w": w}, {}, 0, config)
     start = Random()(w, ScoreContext("w", 0))
     assert torch.equal(first["w"], prune_oracle(start, pattern, s))
-    f = Fraction(str(0.4)) * Fraction(repr((1 + math.cos(math.pi * 3 / 10)) / 2))
+    f = Fraction("0.5") * Fraction(f"{(1 + math.cos(math.pi * 3 / 10)) / 2:.15f}")
     more = prune_oracle(w.abs(), pattern, s + f * (1 - s), first["w"])
     growth = g.abs() if grow == "gradient" else Random(3)(w, ScoreContext("w", 3))
     expected = prune_oracle(growth, pattern, s, more)
@@ -219,6 +221,10 @@ def test_a_new_tensor_brings_its_group_along():
         (lambda: Regrow(every=0, end_step=5), "every"),
         (lambda: Regrow(fraction=30, end_step=5), "30"),
         (lambda: StraightThrough(decay=-1.0), "decay"),
+        (
+            lambda: Rule(pattern=NM(2, 4), regrow=Regrow(end_step=9)),
+            "fraction of at least 1/2, which exchanges one of the 2 that are kept in 4",
+        ),
         (lambda: Rule(0.5, regrow="rigl"), "Regrow(...), StraightThrough(...)"),
         (lambda: Rule(0.5, regrow=RigL), "Regrow(...), StraightThrough(...)"),
     ],

@@ -19,3 +19,5 @@ from purprune_adapters.pruning_at_init import synflow_masks as synflow_masks
 from purprune_adapters.report import Report as Report
 from purprune_adapters.report import ReportRow as ReportRow
 from purprune_adapters.resolve import resolve as resolve
+from purprune_adapters.sensitivity import measure_sensitivity as measure_sensitivity
+from purprune_adapters.sensitivity import plot_sensitivity as plot_sensitivity

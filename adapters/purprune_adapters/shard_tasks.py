@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from purprune import ConfigError, Magnitude, Rule
 from purprune.context import ScoreContext
-from purprune.patterns import GlobalGroup, Layout
+from purprune.patterns import GlobalGroup, Layout, TransposableGroup
 from purprune.scores import needs_of
 from purprune.scoring import check_mask, unit_layout
 from purprune.sharing import Inputs
@@ -124,7 +124,11 @@ def task_of(name: str, rule: Rule, sparsity: Fraction, inputs: Inputs) -> Task:
         None if prev is None else local(prev),
         None if floor is None else local(floor),
         shards,
-        shards is not None and _crosses(name, block, layout, shards.axes),
+        shards is not None
+        and any(
+            _crosses(name, block, groups, shards.axes)
+            for groups in (layout, *_turned(rule, weight))
+        ),
     )
 
 
@@ -135,6 +139,14 @@ def _refuse_balanced(name: str, rule: Rule) -> None:
             f"Expected scope='global' for {name!r} where weights are in shards; got {group!r}. "
             f"Leave bounds and normalize out, or give the tensors a budget."
         )
+
+
+def _turned(rule: Rule, weight: Tensor) -> list[Layout]:
+    """Return how the columns of transposable blocks are groups; their rows are the layout."""
+    group = rule.pattern.group
+    if not isinstance(group, TransposableGroup):
+        return []
+    return [replace(group, dims=group.dims[::-1]).layout(weight.shape)]
 
 
 def _refuse_other_shards(what: str, given: Tensor | None, shards: Shards | None) -> None:

@@ -158,6 +158,24 @@ def test_masks_from_the_shards_are_the_masks_of_the_whole_for_every_rule():
     sweep(mesh, [(Shard(0),), (Shard(1),), (Replicate(),)], range(3))
 
 
+@on_ranks(2)
+def test_transposable_masks_from_the_shards_are_those_of_the_whole():
+    """Defends blocks that lie in one shard each, along either dim, prev and floor with them."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = {"w": weight_of((16, 8), torch.float32, 3)}
+    for at in (Shard(0), Shard(1), Replicate()):
+        cut = {"w": distribute_tensor(whole["w"], mesh, [at])}
+        prev, expected = {}, {}
+        for zeros in (1, 2, 1):
+            rule = Rule(pattern=NM(zeros, 4, transposable=True))
+            prev = sharded_masks(cut, 0, rule, prev=prev)
+            expected = compute_masks(whole, 0, rule, prev=expected)
+            assert torch.equal(prev["w"].full_tensor(), expected["w"])
+        rule = Rule(pattern=NM(2, 4, transposable=True))
+        held = sharded_masks(cut, 0, rule, floor=prev)["w"].full_tensor()
+        assert torch.equal(held, compute_masks(whole, 0, rule, floor=expected)["w"])
+
+
 @on_ranks(4)
 def test_masks_from_two_dims_of_processes_are_the_masks_of_the_whole():
     """Defends exactness on 2-D meshes: both dims cut, one dim cut twice, and replicas (HSDP)."""
@@ -354,6 +372,7 @@ def test_what_does_not_fit_the_shards_raises_in_every_process_and_says_why():
         (cut, Rule(pattern=Channel(1)), None, r"units of 'fc'.*\(6, 1\).*borders.*dim 0"),
         (cut, Rule(pattern=Block((2, 1))), None, r"units of 'fc'.*\(2, 1\).*borders.*dim 0"),
         (cut, Rule(pattern=NM(2, 4, dim=0)), None, r"groups of 'fc'.*groups of 4 entries"),
+        (cut, Rule(pattern=NM(1, 2, transposable=True)), None, r"groups of 2 .*at \(3,\) of dim 0"),
         (cut, Rule(pattern=Pattern(group=RowGroup(1))), None, r"groups of 'fc'.*rows"),
         (cut, Rule(score=lambda w, c: w), None, r"'fc'.*elementwise = True"),
         (cut, Rule(score="lamp"), None, r"'fc' that looks at one entry at a time; got LAMP"),
