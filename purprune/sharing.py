@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ from purprune.config import Rule
 from purprune.context import ScoreContext
 from purprune.counting import Group, Outcome, Part, count_down, keep
 from purprune.errors import ConfigError, NaNError
-from purprune.patterns import GlobalGroup
-from purprune.ranking import count, refuse_nan, widest
+from purprune.patterns import GlobalGroup, TensorGroup
+from purprune.ranking import count, keep_all_but_lowest, refuse_nan, widest
 from purprune.scores import Magnitude, OwnScore, Random
 from purprune.scoring import (
     kept_units,
@@ -140,37 +140,30 @@ def shared_masks(groups: list[Shared], inputs: Inputs) -> dict[str, Iterator[Ten
     Raises:
         NaNError: a weight or score holds NaN; names the parameter and the count.
     """
-    try:
-        counted = [piece for shared in groups for piece in _counted(shared, inputs)]
-        # One after the other: buckets of many tensors at once would fill the memory.
-        outcomes = [count_down([group])[0] for _, group in counted]
-    except NaNError:
-        for shared in groups:
-            _refuse_nan(shared, inputs)
-        raise
     found: dict[str, Iterator[Tensor]] = {}
-    for (shared, group), outcome in zip(counted, outcomes, strict=True):
-        found.update(dict.fromkeys(shared.members, _masks(shared, group, outcome)))
+    for shared in groups:
+        try:
+            masks = _counted(shared, inputs)
+        except NaNError:
+            _refuse_nan(shared, inputs)
+            raise
+        found.update(dict.fromkeys(shared.members, masks))
     return found
 
 
-def _counted(shared: Shared, inputs: Inputs) -> list[tuple[Shared, Group]]:
-    """Return what is counted: one group, or where tensors are balanced one for each of them."""
+def _counted(shared: Shared, inputs: Inputs) -> Iterator[Tensor]:
     group, how = group_of(shared, inputs), shared.rule.pattern.group
     if not isinstance(how, GlobalGroup) or how.is_plain:
-        return [(shared, group)]
+        return _masks(shared, group, count_down([group])[0])
     held = [0 if p.floor is None else int((~p.floor).sum()) for p in group.parts]
+    limits = limits_of(how, group.sizes, shared.sparsity, held)
+    if sum(low for low, _ in limits) >= group.k:  # nothing is counted then
+        _refuse_nan(shared, inputs)
     trial = group
     if how.normalize is not None:
         squared = not shared.of_entries and norm_of(shared.rule) == "l2"
         trial = scaled(group, how.normalize, squared, shared.wide)
-    numbers = balanced(trial, limits_of(how, group.sizes, shared.sparsity, held))
-    return [
-        (shared._replace(members={name: member}), group._replace(parts=[part], k=k, sizes=(size,)))
-        for (name, member), part, k, size in zip(
-            shared.members.items(), group.parts, numbers, group.sizes, strict=True
-        )
-    ]
+    return _ranked(shared, group, balanced(trial, limits))
 
 
 def _masks(shared: Shared, group: Group, outcome: Outcome) -> Iterator[Tensor]:
@@ -179,6 +172,15 @@ def _masks(shared: Shared, group: Group, outcome: Outcome) -> Iterator[Tensor]:
     for part, member in zip(group.parts, shared.members.values(), strict=True):
         stay, gone = keep(group, part, outcome, left)
         left -= gone
+        yield spread(stay, member.block, member.like.shape)
+
+
+def _ranked(shared: Shared, group: Group, numbers: Sequence[int]) -> Iterator[Tensor]:
+    """Yield one mask after the other, of which it is known how many units go."""
+    for part, member, n in zip(group.parts, shared.members.values(), numbers, strict=True):
+        layout, share = TensorGroup().layout(member.grid), Fraction(n, max(member.units, 1))
+        scores, absolute = part.scores(), group.absolute
+        stay = keep_all_but_lowest(scores, absolute, layout, share, part.prev, part.floor)
         yield spread(stay, member.block, member.like.shape)
 
 

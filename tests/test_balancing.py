@@ -189,7 +189,7 @@ def test_nan_is_named_through_scales_and_bounds():
     """Defends law 8 in every way of counting."""
     params = {"a": torch.ones(3, 4), "b": torch.ones(5, 4)}
     params["b"][1, 1:3] = math.nan
-    for group in (GlobalGroup(0.1, 0.9), GlobalGroup(normalize="l2")):
+    for group in (GlobalGroup(0.1, 0.9), GlobalGroup(0.6), GlobalGroup(normalize="l2")):
         with pytest.raises(NaNError, match="'b'; got 2 NaN of 20"):
             masks_of(params, Rule(0.5, pattern=Channel(scope=group)))
 

@@ -100,12 +100,12 @@ def test_ria_and_lamp_do_not_change_with_the_scale_of_the_tensor(data, exponent)
 
 
 def lamp_oracle(weight: Tensor) -> Tensor:
-    """Return ``w[u]**2 / sum of w[v]**2`` over all v at or after u, by one loop over all pairs."""
+    """Return ``w[u]**2 / sum of w[v]**2`` over all v at or after u, exactly."""
     flat = [Fraction(v) for v in weight.reshape(-1).tolist()]
     order = sorted(range(len(flat)), key=lambda i: (abs(flat[i]), i))
-    found = [Fraction(0)] * len(flat)
-    for place, u in enumerate(order):
-        rest = sum(flat[v] ** 2 for v in order[place:])
+    found, rest = [Fraction(0)] * len(flat), Fraction(0)
+    for u in reversed(order):
+        rest += flat[u] ** 2
         found[u] = flat[u] ** 2 / rest if rest else Fraction(0)
     return torch.tensor([float(f) for f in found], dtype=torch.float64).reshape(weight.shape)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from purprune import (
@@ -91,8 +92,9 @@ def synflow_masks(model: nn.Module, example: Tensor, config: Config) -> dict[str
 def grasp_masks(model: nn.Module, loss: Loss, batch: Any, config: Config) -> dict[str, Tensor]:
     """Return the masks of GraSP: what goes is what the gradient flow of a batch needs least.
 
-    The model runs in the mode that it is in, and its buffers stay as they are. The paper divides
-    the logits by 200 in the loss, and takes all layers together (``scope="global"``).
+    The model runs in the mode that it is in, and its buffers stay as they are; attention runs by
+    its formula, since its fused forms have no second derivative. The paper divides the logits by
+    200 in the loss, and takes all layers together (``scope="global"``).
 
     Args:
         model: the model.
@@ -107,7 +109,8 @@ def grasp_masks(model: nn.Module, loss: Loss, batch: Any, config: Config) -> dic
     """
     model = unwrapped(model)
     closure = _closure(model, loss, batch)
-    return _masks(model, config, Given("grasp"), lambda p: grasp_scores(closure, p))
+    with sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
+        return _masks(model, config, Given("grasp"), lambda p: grasp_scores(closure, p))
 
 
 def snip_masks(model: nn.Module, loss: Loss, batch: Any, config: Config) -> dict[str, Tensor]:

@@ -233,3 +233,11 @@ def test_half_models_are_scored():
     model = convolutional().bfloat16()
     got = synflow(model, Rule(0.9, pattern=GLOBAL))
     assert_same(got, synflow(model.float(), Rule(0.9, pattern=GLOBAL)))
+
+
+def test_grasp_differentiates_fused_attention_twice():
+    """Defends transformers: fused attention has a first derivative only."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    masks = grasp_masks(model, lambda m, b: m(b).square().mean(), x, Rule(0.5))
+    assert int(masks["linear1.weight"].sum()) == 64
