@@ -19,6 +19,7 @@ from purprune.masks import compute_masks as compute_masks
 from purprune.masks import iter_masks as iter_masks
 from purprune.masks import sparsity as sparsity
 from purprune.measuring import sensitivity as sensitivity
+from purprune.obs import sparsegpt as sparsegpt
 from purprune.outliers import allocate_by_outliers as allocate_by_outliers
 from purprune.packing import pack_masks as pack_masks
 from purprune.packing import unpack_masks as unpack_masks
