@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import math
 from fractions import Fraction
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from purprune import PruneConfig, grasp_scores, synflow_scores
+from purprune.schedules import OwnSchedule
+from purprune.scores import OwnScore
 from purprune_adapters import Pruner, collect_stats, resolve
 
 STEPS = 12
@@ -58,9 +62,8 @@ METHODS = {
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)
-    )
+    sizes = ((8, 24), (24, 16), (16, 4))
+    return nn.Sequential(*(layer for size in sizes for layer in (nn.Linear(*size), nn.ReLU())))
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -125,12 +128,6 @@ def test_every_method_trains_from_yaml_with_exact_counts_at_every_step(method: s
 
 def test_the_page_of_methods_names_every_kind_that_a_file_can_have():
     """Defends docs/methods.md against scores, budgets and schedules that it forgets."""
-    from pathlib import Path
-    from typing import get_args
-
-    from purprune.schedules import OwnSchedule
-    from purprune.scores import OwnScore
-
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     for cls in (*get_args(OwnSchedule), *get_args(OwnScore)):
         assert cls.__name__ in page or f"`{cls.kind}`" in page or f"kind: {cls.kind}" in page, cls
