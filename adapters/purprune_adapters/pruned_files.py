@@ -1,0 +1,339 @@
+"""Pruning a checkpoint on the disk: one tensor at a time, in shards that outlive a kill."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from purprune import Count, NaNError, PruneConfig, Rule, iter_masks, plan
+from purprune.config import as_config
+from purprune.selection import LazyParams, select
+from purprune_adapters.checkpoints import Checkpoint
+from purprune_adapters.shard_files import Background, Facts, MaskFile, Reader, Shard, is_whole, write_shard
+from purprune_adapters.tensor_files import FileLayout, read_layout
+from purprune_adapters.unfinished import Unfinished, put_in_place
+
+Progress = Callable[[str, int], None]
+"""Is told ``"read"`` or ``"written"`` or ``"found"`` (done by an earlier run), and of bytes."""
+
+_WEIGHTS = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PrunedCheckpoint:
+    """What :func:`prune_checkpoint` wrote."""
+
+    path: Path
+    tensors: Mapping[str, Count]
+    """Zeros that the mask of each pruned tensor has."""
+    bytes: int
+    """Of all safetensors files."""
+    resumed: int
+    """How many of the files an earlier run had written."""
+    left_out: tuple[str, ...]
+    """Files of the folder that hold weights in other files, which would not be pruned."""
+
+    @property
+    def total(self) -> Count:
+        """The zeros of all masks together."""
+        counts = self.tensors.values()
+        return Count(sum(c.zeros for c in counts), sum(c.entries for c in counts))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "path": str(self.path),
+            "zeros": self.total.zeros,
+            "entries": self.total.entries,
+            "bytes": self.bytes,
+            "resumed": self.resumed,
+            "left_out": list(self.left_out),
+            "tensors": {name: asdict(count) for name, count in self.tensors.items()},
+        }
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Path
+    place: Path
+    masks: Path | None
+    step: int
+    config: PruneConfig
+    rules: Mapping[str, Rule]
+    checkpoint: Checkpoint
+    layouts: Mapping[Path, FileLayout]
+
+    @property
+    def is_folder(self) -> bool:
+        return self.source.is_dir() or self.source.suffix == ".json"
+
+    @property
+    def folder(self) -> Path:
+        return self.source if self.source.is_dir() else self.source.parent
+
+    def key(self, file: Path) -> str:
+        """Name a file of the checkpoint below its folder."""
+        return str(file.relative_to(self.folder))
+
+    def described(self) -> dict[str, Any]:
+        """Say what is made, so that only the same job goes on with it."""
+        stats = {file: file.stat() for file in self.layouts}
+        return {
+            "checkpoint": {str(f.resolve()): [s.st_size, s.st_mtime_ns] for f, s in stats.items()},
+            "rules": PruneConfig(module_name_configs=self.rules).as_dict(),
+            "step": self.step,
+            "masks": None if self.masks is None else str(self.masks.absolute()),
+        }
+
+
+def last_step(config: PruneConfig) -> int:
+    """Return the step from which on all rules of a config are at their targets.
+
+    Raises:
+        ValueError: a schedule is a callable, of which the end is not known.
+    """
+    steps = [rule.last_step for rule in config.rules.values()]
+    if None in steps:
+        raise ValueError("Expected a step, since a schedule is a callable; got none.")
+    return max((step for step in steps if step is not None), default=0)
+
+
+def prune_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    cfg: PruneConfig | Rule | Mapping[str, Any],
+    *,
+    step: int | None = None,
+    masks: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> PrunedCheckpoint:
+    """Write a checkpoint with the masks of :func:`purprune.compute_masks` applied.
+
+    Tensors keep their names, dtypes, files and places, headers their metadata; tensors without a
+    rule keep every bit. Other files of a folder (configs, tokenizers) are copied. In memory are
+    two tensors and a mask. The result is made in a hidden folder beside ``destination``
+    and renamed at the end. A call with the same arguments goes on where a killed one stopped: files
+    that were whole are checked by the CRC-32 of each tensor and kept.
+
+    Args:
+        source: a ``.safetensors`` file, an index, or a folder, as :class:`Checkpoint` takes them.
+        destination: a file where the source is one, else a folder.
+        cfg: a config, a rule for everything, or a dict.
+        step: the step whose sparsity holds; None means the end of the schedules.
+        masks: where to write the masks, packed as :func:`purprune.pack_masks` does; None: nowhere.
+        overwrite: replace a checkpoint at ``destination``.
+        restart: forget what an interrupted run with other arguments left.
+        progress: is called with ``"read"``, ``"written"`` or ``"found"``, and a number of bytes.
+
+    Raises:
+        FileExistsError: there is something at ``destination``, or a run of another job.
+        ConfigError, SelectionError, NaNError: as :func:`purprune.compute_masks` does.
+        OSError: a file can't be read or written, or the disk has too little room.
+    """
+    job = _job(Path(source), Path(destination), cfg, step, None if masks is None else Path(masks))
+    _refuse_place(job, overwrite=overwrite)
+    work = Unfinished(job.place.with_name(f".{job.place.name}.purprune"))
+    with work.alone():
+        done = work.begin(job.described(), restart=restart)
+        _refuse_full(job, work.folder)
+        work.result.mkdir(exist_ok=True)
+        try:
+            facts, resumed = _shards(job, work, done, progress or (lambda what, size: None))
+        except NaNError:
+            work.remove()  # the checkpoint has to change first
+            raise
+        return _finished(job, work, facts, resumed)
+
+
+def _job(
+    source: Path, place: Path, cfg: PruneConfig | Rule | Mapping[str, Any], step: int | None,
+    masks: Path | None,
+) -> _Job:  # fmt: skip
+    checkpoint, config = Checkpoint(source), as_config(cfg)
+    step = last_step(config) if step is None else step
+    plan(checkpoint, config, step)  # so that what does not fit is refused before anything is made
+    layouts = {file: read_layout(file) for file in dict.fromkeys(checkpoint.files().values())}
+    rules = select(config, checkpoint.shapes()).rules
+    return _Job(source, place, masks, step, config, rules, checkpoint, layouts)
+
+
+def _refuse_place(job: _Job, *, overwrite: bool) -> None:
+    for place in filter(None, (job.place, job.masks)):
+        if not place.absolute().parent.is_dir():
+            raise FileNotFoundError(f"Expected a folder for '{place}'; there is none. Make it.")
+        if os.path.lexists(place) and not overwrite:
+            raise FileExistsError(
+                f"Expected nothing at '{place}'; something is there. Choose another place, or "
+                f"replace it with overwrite=True (--overwrite)."
+            )
+    own, other = job.place.resolve(), job.folder.resolve()
+    if own in (other, job.source.resolve()) or (job.is_folder and other in own.parents):
+        raise FileExistsError(
+            f"Expected another place than the checkpoint's own; got '{job.place}'."
+        )
+    if os.path.lexists(job.place):
+        _refuse_other_kind(job)
+    if job.masks is not None and job.masks.is_dir():
+        raise IsADirectoryError(f"Expected a file for masks; '{job.masks}' is a folder.")
+
+
+def _refuse_other_kind(job: _Job) -> None:
+    """Raise unless what is replaced is a checkpoint like the one that is made."""
+    if job.is_folder:
+        known = job.place.is_dir() and any(job.place.glob("*.safetensors"))
+    else:
+        known = job.place.is_file() and job.place.suffix == ".safetensors"
+    if not known:
+        kind = "folder of safetensors files" if job.is_folder else "safetensors file"
+        raise FileExistsError(
+            f"Expected a {kind} to replace at '{job.place}'; got something else. Choose another "
+            f"place, or remove it yourself."
+        )
+
+
+def _refuse_full(job: _Job, folder: Path) -> None:
+    """Raise when the disk has less room than what is still to be written."""
+    there = sum(f.stat().st_blocks * 512 for f in folder.rglob("*") if f.is_file())
+    needed = sum(layout.size for layout in job.layouts.values()) - there
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"Expected {needed:,} free bytes for '{job.place}'; there are {free:,}. Make room, or "
+            f"choose another disk."
+        )
+
+
+def _shards(
+    job: _Job, work: Unfinished, done: Mapping[str, Any], progress: Progress
+) -> tuple[dict[str, Facts], int]:
+    """Write all files that are not whole yet; return the facts of all, and how many were whole."""
+    names: dict[str, list[str]] = {job.key(file): [] for file in job.layouts}
+    for name, file in job.checkpoint.files().items():
+        names[job.key(file)].append(name)
+    reader = Reader(job.checkpoint, job.layouts, job.rules, progress)
+    with ExitStack() as files, Background() as background:
+        packed = files.enter_context(_mask_file(job, work)) if job.masks else None
+        found = _whole(job, work, done, packed)
+        resumed = len(found)
+        left = [name for key, some in names.items() if key not in found for name in some]
+        masks = _masks(job, reader, left)
+        for file, layout in job.layouts.items():
+            key = job.key(file)
+            if key in found:
+                progress("found", layout.size)
+                continue
+            shard = files.enter_context(Shard(work.result / key, file, layout, progress))
+            write_shard(shard, names[key], masks, job.rules, reader, packed, background)
+            background.do(partial(shard.finish, packed, partial(work.done, key)))
+            found[key] = shard.facts
+        background.wait()
+    return found, resumed
+
+
+def _mask_file(job: _Job, work: Unfinished) -> MaskFile:
+    return MaskFile(work.folder / "masks.safetensors", job.rules, job.checkpoint.shapes())
+
+
+def _whole(
+    job: _Job, work: Unfinished, done: Mapping[str, Any], packed: MaskFile | None
+) -> dict[str, Facts]:
+    """Return the facts of the files that an earlier run wrote and that are there as they were."""
+    return {
+        key: Facts(*facts)
+        for file, layout in job.layouts.items()
+        for key in [job.key(file)]
+        for facts in [done.get(key)]
+        if facts and is_whole(work.result / key, layout, Facts(*facts), packed)
+    }
+
+
+def _masks(job: _Job, params: LazyParams, left: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the masks of the tensors that are left.
+
+    Where they are planned alike without the other tensors they do not depend on these. Else all
+    are made again, since tensors that share a count are one group.
+    """
+    rules = {name: job.rules[name] for name in left if name in job.rules}
+    if not rules or len(rules) == len(job.rules):
+        return iter_masks(params, job.step, job.config) if rules else iter(())
+    alone = PruneConfig(module_name_configs=rules)
+    shapes = {name: job.checkpoint.shapes()[name] for name in left}
+    planned = {row.name: row for row in plan(job.checkpoint, job.config, job.step).tensors}
+    again = plan(shapes, alone, job.step).tensors
+    if any(row.shared or row != planned[row.name] for row in again):
+        masks = iter_masks(params, job.step, job.config)
+        return ((name, mask) for name, mask in masks if name in rules)
+    return iter_masks(_Some(params, left), job.step, alone)
+
+
+class _Some(LazyParams):
+    """Some of the params."""
+
+    def __init__(self, params: LazyParams, names: list[str]) -> None:
+        self._params, self._names = params, names
+
+    def shapes(self) -> Mapping[str, Tensor]:
+        shapes = self._params.shapes()
+        return {name: shapes[name] for name in self._names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _finished(
+    job: _Job, work: Unfinished, facts: Mapping[str, Facts], resumed: int
+) -> PrunedCheckpoint:
+    """Copy what else the folder holds, and rename the result."""
+    left_out = _copy_others(job, work.result) if job.is_folder else ()
+    if job.masks is not None:
+        put_in_place(work.folder / "masks.safetensors", job.masks, work.folder / "masks.previous")
+    fresh = work.result if job.is_folder else work.result / job.source.name
+    put_in_place(fresh, job.place, work.folder / "previous")
+    work.remove()
+    shapes = job.checkpoint.shapes()
+    counts = {
+        name: Count(zeros, math.prod(shapes[name].shape))
+        for one in facts.values()
+        for name, zeros in one.zeros.items()
+    }
+    size = sum(layout.size for layout in job.layouts.values())
+    return PrunedCheckpoint(job.place, counts, size, resumed, left_out)
+
+
+def _copy_others(job: _Job, into: Path) -> tuple[str, ...]:
+    """Copy the other files of a folder; return those that hold weights too, and are left out."""
+    written, left_out = {job.key(file) for file in job.layouts}, []
+    for path in sorted(job.folder.rglob("*")):
+        relative = path.relative_to(job.folder)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        if str(relative) in written:
+            continue
+        if path.suffix in _WEIGHTS:
+            left_out.append(str(relative))
+            continue
+        (into / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, into / relative)
+    return tuple(left_out)
+
+
+__all__ = ["PrunedCheckpoint", "prune_checkpoint"]
