@@ -18,7 +18,8 @@ from purprune import Count, NaNError, PruneConfig, Rule, iter_masks, plan
 from purprune.config import as_config
 from purprune.selection import LazyParams, select
 from purprune_adapters.checkpoints import Checkpoint
-from purprune_adapters.shard_files import Background, Facts, MaskFile, Reader, Shard, is_whole, write_shard
+from purprune_adapters.reading import Background, Reader
+from purprune_adapters.shard_files import Facts, MaskFile, Shard, is_whole, write_shard
 from purprune_adapters.tensor_files import FileLayout, read_layout
 from purprune_adapters.unfinished import Unfinished, put_in_place
 
@@ -224,7 +225,7 @@ def _shards(
     for name, file in job.checkpoint.files().items():
         names[job.key(file)].append(name)
     reader = Reader(job.checkpoint, job.layouts, job.rules, progress)
-    with ExitStack() as files, Background() as background:
+    with ExitStack() as files, reader, Background[None]() as background:
         packed = files.enter_context(_mask_file(job, work)) if job.masks else None
         found = _whole(job, work, done, packed)
         resumed = len(found)
@@ -239,7 +240,8 @@ def _shards(
             write_shard(shard, names[key], masks, job.rules, reader, packed, background)
             background.do(partial(shard.finish, packed, partial(work.done, key)))
             found[key] = shard.facts
-        background.wait()
+        if len(found) > resumed:
+            background.result()
     return found, resumed
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,123 +12,22 @@ import torch
 from torch import Tensor
 
 from purprune import Rule, pack_masks
-from purprune.selection import LazyParams
-from purprune_adapters.checkpoints import Checkpoint
 from purprune_adapters.inplace import zero_pruned_
+from purprune_adapters.reading import Background, Reader
 from purprune_adapters.tensor_files import (
     FileLayout,
+    Opened,
     as_bytes,
     copy_span,
     crc_of,
     create,
     new_layout,
-    read_ahead,
     read_at,
-    read_tensor,
     write_at,
 )
 
 _SYNC_EVERY = 1 << 28
 """Bytes after which the disk has to have them: so there is never much to wait for at the end."""
-
-
-class Reader(LazyParams):
-    """A checkpoint whose tensors are read into memory of their own; the last one is kept.
-
-    What is mapped would be copied page by page when zeros are written into it.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        layouts: Mapping[Path, FileLayout],
-        rules: Mapping[str, Rule],
-        progress: Callable[[str, int], None],
-    ) -> None:
-        """Read nothing yet."""
-        self.layouts, self.progress = layouts, progress
-        self._checkpoint, self._files = checkpoint, checkpoint.files()
-        self._last: tuple[str, Tensor] | None = None
-        names = list(rules)
-        self._next = dict(zip(names, [*names[1:], *names[:1]], strict=True))
-
-    def shapes(self) -> Mapping[str, Tensor]:
-        """Return meta tensors by name."""
-        return self._checkpoint.shapes()
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read a tensor, and let the system read the next one ahead."""
-        if self._last is not None and self._last[0] == name:
-            return self._last[1]
-        self._last = None  # its memory goes before there is more
-        with Opened(self._files[name]) as file:
-            span = self.layouts[file.path].spans[name]
-            tensor = read_tensor(file.descriptor, span)
-        self._ahead(self._next[name])
-        self._last = name, tensor
-        self.progress("read", span.size)
-        return tensor
-
-    def take(self, name: str) -> Tensor:
-        """Return a tensor that belongs to the caller."""
-        tensor, self._last = self[name], None
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over names."""
-        return iter(self._checkpoint)
-
-    def __len__(self) -> int:
-        """Return how many tensors there are."""
-        return len(self._checkpoint)
-
-    def _ahead(self, name: str) -> None:
-        with Opened(self._files[name]) as file:
-            read_ahead(file.descriptor, self.layouts[file.path].spans[name])
-
-
-class Opened:
-    """A file that is open for reading."""
-
-    def __init__(self, path: Path) -> None:
-        """Open it."""
-        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
-
-    def __enter__(self) -> Self:
-        """Return the file."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close it."""
-        os.close(self.descriptor)
-
-
-class Background:
-    """A thread that does one piece of work while the next one is made."""
-
-    def __init__(self) -> None:
-        """Start no thread yet."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="purprune-writer")
-        self._pending: Future[None] | None = None
-
-    def do(self, work: Callable[[], None]) -> None:
-        """Wait for the work before, whose error is raised here, and begin this one."""
-        self.wait()
-        self._pending = self._thread.submit(work)
-
-    def wait(self) -> None:
-        """Wait for what is being done."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def __enter__(self) -> Self:
-        """Return the thread."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Wait for what is being done, in order to leave no file half open."""
-        self._thread.shutdown()
 
 
 class Facts(NamedTuple):
@@ -153,8 +51,8 @@ class MaskFile:
             | {f"{name}.shape": (torch.int64, (shapes[name].dim(),)) for name in rules}
         )
         there = path.exists() and path.stat().st_size == self._layout.size
-        self.descriptor = os.open(path, os.O_RDWR) if there else create(path, self._layout)
-        write_at(self.descriptor, self._layout.head, 0)
+        self._descriptor = os.open(path, os.O_RDWR) if there else create(path, self._layout)
+        write_at(self._descriptor, self._layout.head, 0)
 
     def __enter__(self) -> Self:
         """Return the file."""
@@ -162,18 +60,22 @@ class MaskFile:
 
     def __exit__(self, *error: object) -> None:
         """Close the file."""
-        os.close(self.descriptor)
+        os.close(self._descriptor)
 
     def write(self, name: str, mask: Tensor) -> int:
         """Write a mask; return the CRC-32 of its bits."""
-        packed = pack_masks({name: mask})
+        packed, crc = pack_masks({name: mask}), {}
         for key, tensor in packed.items():
-            write_at(self.descriptor, as_bytes(tensor), self._layout.spans[key].start)
-        return zlib.crc32(as_bytes(packed[f"{name}.bits"]))
+            crc[key] = write_at(self._descriptor, as_bytes(tensor), self._layout.spans[key].start)
+        return crc[f"{name}.bits"]
+
+    def sync(self) -> None:
+        """Bring all to the disk."""
+        os.fsync(self._descriptor)
 
     def crc(self, name: str) -> int:
         """Return the CRC-32 of the bits that are there."""
-        return crc_of(self.descriptor, self._layout.spans[f"{name}.bits"])
+        return crc_of(self._descriptor, self._layout.spans[f"{name}.bits"])
 
 
 class Shard:
@@ -206,19 +108,18 @@ class Shard:
 
     def write(self, name: str, tensor: Tensor, mask: Tensor, masks: MaskFile | None) -> None:
         """Write a tensor that has been masked, and its mask where there is a file for masks."""
-        data = as_bytes(tensor)
-        write_at(self._descriptor, data, self._layout.spans[name].start)
+        crc = write_at(self._descriptor, as_bytes(tensor), self._layout.spans[name].start)
         self.facts.zeros[name] = mask.numel() - int(torch.count_nonzero(mask))
         if masks is not None:
             self.facts.masks[name] = masks.write(name, mask)
-        self._wrote(name, zlib.crc32(data))
+        self._wrote(name, crc)
 
     def finish(self, masks: MaskFile | None, done: Callable[[Facts], None]) -> None:
         """Bring all to the disk, and note that it is there."""
         os.fsync(self._descriptor)
         self.__exit__()
         if masks is not None:
-            os.fsync(masks.descriptor)
+            masks.sync()
         done(self.facts)
 
     def _wrote(self, name: str, crc: int) -> None:
@@ -238,25 +139,32 @@ def write_shard(
     rules: Mapping[str, Rule],
     reader: Reader,
     packed: MaskFile | None,
-    background: Background,
+    background: Background[None],
 ) -> None:
     """Write the tensors of a file, one while the mask of the next is made."""
     for name in names:
         if name not in rules:
-            background.do(lambda name=name: shard.copy(name))  # type: ignore[misc]
+            background.do(partial(shard.copy, name))
             continue
         found, mask = next(masks)
         if found != name:
             raise RuntimeError(f"Expected the mask of {name!r}; got that of {found!r}.")
         tensor = reader.take(name)
         zero_pruned_(tensor, mask)
-        background.do(
-            lambda name=name, tensor=tensor, mask=mask: shard.write(name, tensor, mask, packed)  # type: ignore[misc]
-        )
+        background.do(partial(_write, shard, name, tensor, mask, packed, reader))
         del tensor, mask
 
 
-def is_whole(path: Path, layout: FileLayout, facts: Mapping[str, Any], packed: MaskFile | None) -> bool:
+def _write(
+    shard: Shard, name: str, tensor: Tensor, mask: Tensor, packed: MaskFile | None, reader: Reader
+) -> None:
+    shard.write(name, tensor, mask, packed)
+    reader.give_back(tensor)
+
+
+def is_whole(
+    path: Path, layout: FileLayout, facts: Mapping[str, Any], packed: MaskFile | None
+) -> bool:
     """Tell whether what an earlier run wrote is there as it was: header, tensors and masks."""
     if not path.is_file() or path.stat().st_size != layout.size:
         return False

@@ -11,9 +11,9 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from torch import Tensor
 from purprune_adapters.checkpoints import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
+"""Bytes at a time: what is read, summed and written is in the cache."""
 _LIMIT = 1 << 30
-"""What a system call is asked for at a time; Linux does not do more than 2 GB."""
+"""What is read at a time in one piece; Linux does not do more than 2 GB."""
 
 
 class Span(NamedTuple):
@@ -118,12 +119,30 @@ def create(file: Path, layout: FileLayout) -> int:
     return descriptor
 
 
-def write_at(descriptor: int, data: bytes | memoryview, start: int) -> None:
-    """Write all of the data at a place."""
-    left = memoryview(data)
+class Opened:
+    """A file that is open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it."""
+        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
+
+    def __enter__(self) -> Self:
+        """Return the file."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close it."""
+        os.close(self.descriptor)
+
+
+def write_at(descriptor: int, data: bytes | memoryview, start: int) -> int:
+    """Write all of the data at a place; return its CRC-32."""
+    left, crc = memoryview(data), 0
     while left:
-        done = os.pwrite(descriptor, left[:_LIMIT], start)
+        done = os.pwrite(descriptor, left[:_CHUNK], start)
+        crc = zlib.crc32(left[:done], crc)
         left, start = left[done:], start + done
+    return crc
 
 
 def read_at(descriptor: int, into: memoryview, start: int) -> None:
@@ -139,11 +158,11 @@ def read_at(descriptor: int, into: memoryview, start: int) -> None:
         into, start = into[done:], start + done
 
 
-def read_tensor(descriptor: int, span: Span) -> Tensor:
-    """Read a tensor into memory of its own."""
-    tensor = torch.empty(span.shape, dtype=span.dtype)
-    read_at(descriptor, as_bytes(tensor), span.start)
-    return tensor
+def read_tensor(descriptor: int, span: Span, memory: Tensor) -> Tensor:
+    """Read a tensor into the beginning of a memory of bytes, which the tensor then is."""
+    raw = memory[: span.size]
+    read_at(descriptor, memoryview(raw.numpy()), span.start)
+    return raw.view(span.dtype).reshape(span.shape)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -151,18 +170,10 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def read_ahead(descriptor: int, span: Span) -> None:
-    """Let the system read what is asked for next."""
-    if sys.platform == "linux":
-        os.posix_fadvise(descriptor, span.start, span.size, os.POSIX_FADV_WILLNEED)
-
-
 def copy_span(source: int, target: int, span: Span) -> int:
-    """Copy the bytes of a tensor in chunks to the same place; return their CRC-32."""
-    buffer, crc = memoryview(bytearray(min(_CHUNK, span.size))), 0
-    for start in range(span.start, span.stop, _CHUNK):
-        part = buffer[: span.stop - start]
-        read_at(source, part, start)
+    """Copy the bytes of a tensor to the same place in another file; return their CRC-32."""
+    crc = 0
+    for start, part in _parts(source, span):
         write_at(target, part, start)
         crc = zlib.crc32(part, crc)
     return crc
@@ -170,9 +181,16 @@ def copy_span(source: int, target: int, span: Span) -> int:
 
 def crc_of(descriptor: int, span: Span) -> int:
     """Return the CRC-32 of the bytes of a tensor."""
-    buffer, crc = memoryview(bytearray(min(_CHUNK, span.size))), 0
+    crc = 0
+    for _, part in _parts(descriptor, span):
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _parts(descriptor: int, span: Span) -> Iterator[tuple[int, memoryview]]:
+    """Yield the bytes of a tensor part by part, each with its place."""
+    buffer = memoryview(bytearray(min(_CHUNK, span.size)))
     for start in range(span.start, span.stop, _CHUNK):
         part = buffer[: span.stop - start]
         read_at(descriptor, part, start)
-        crc = zlib.crc32(part, crc)
-    return crc
+        yield start, part
