@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -162,9 +162,7 @@ def _write(
     reader.give_back(tensor)
 
 
-def is_whole(
-    path: Path, layout: FileLayout, facts: Mapping[str, Any], packed: MaskFile | None
-) -> bool:
+def is_whole(path: Path, layout: FileLayout, facts: Facts, packed: MaskFile | None) -> bool:
     """Tell whether what an earlier run wrote is there as it was: header, tensors and masks."""
     if not path.is_file() or path.stat().st_size != layout.size:
         return False
@@ -173,6 +171,6 @@ def is_whole(
         read_at(file.descriptor, memoryview(head), 0)
         return (
             bytes(head) == layout.head
-            and all(crc_of(file.descriptor, s) == facts["crc"][n] for n, s in layout.spans.items())
-            and (packed is None or all(packed.crc(n) == c for n, c in facts["masks"].items()))
+            and all(crc_of(file.descriptor, s) == facts.crc[n] for n, s in layout.spans.items())
+            and (packed is None or all(packed.crc(n) == c for n, c in facts.masks.items()))
         )

@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -161,13 +161,14 @@ def read_at(descriptor: int, into: memoryview, start: int) -> None:
 def read_tensor(descriptor: int, span: Span, memory: Tensor) -> Tensor:
     """Read a tensor into the beginning of a memory of bytes, which the tensor then is."""
     raw = memory[: span.size]
-    read_at(descriptor, memoryview(raw.numpy()), span.start)
+    read_at(descriptor, as_bytes(raw), span.start)
     return raw.view(span.dtype).reshape(span.shape)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def copy_span(source: int, target: int, span: Span) -> int:
