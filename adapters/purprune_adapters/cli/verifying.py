@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from purprune import unpack_masks
 from purprune_adapters.checkpoints import Checkpoint
 from purprune_adapters.cli.output import AsJson, say, say_json, table
+from purprune_adapters.coreml.paths import is_package, package_path
 from purprune_adapters.coreml.records import ParameterRecord, Verification
 from purprune_adapters.coreml.verify import verify_coreml
 from purprune_adapters.weights import load_weights
@@ -50,6 +51,8 @@ def verify_command(
 
     Exit code 1 when one is missing, lost an entry, has one more, or was changed.
     """
+    if not is_package(package_path(package)):
+        raise FileNotFoundError(f"Expected a Core ML package at '{package}'; there is none.")
     given = None if masks is None else unpack_masks(Checkpoint(masks))
     found = verify_coreml(package, module_of(load_weights(checkpoint), eps), given, strict=False)
     if as_json:
