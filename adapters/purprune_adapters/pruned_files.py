@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -15,20 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from purprune import Count, NaNError, PruneConfig, Rule, iter_masks, plan
-from purprune.config import as_config
-from purprune.selection import LazyParams, select
-from purprune_adapters.checkpoints import Checkpoint
+from purprune.selection import LazyParams
+from purprune_adapters.prune_jobs import Job, copy_others, new_job, refuse_full, refuse_place
 from purprune_adapters.reading import Background, Reader
 from purprune_adapters.shard_files import Facts, MaskFile, Shard, is_whole, write_shard
-from purprune_adapters.tensor_files import FileLayout, read_layout
 from purprune_adapters.unfinished import Unfinished, put_in_place
 
 Progress = Callable[[str, int], None]
 """Is told ``"read"`` or ``"written"`` or ``"found"`` (done by an earlier run), and of bytes."""
-
-_WEIGHTS = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,52 +55,6 @@ class PrunedCheckpoint:
             "left_out": list(self.left_out),
             "tensors": {name: asdict(count) for name, count in self.tensors.items()},
         }
-
-
-@dataclass(frozen=True)
-class _Job:
-    source: Path
-    place: Path
-    masks: Path | None
-    step: int
-    config: PruneConfig
-    rules: Mapping[str, Rule]
-    checkpoint: Checkpoint
-    layouts: Mapping[Path, FileLayout]
-
-    @property
-    def is_folder(self) -> bool:
-        return self.source.is_dir() or self.source.suffix == ".json"
-
-    @property
-    def folder(self) -> Path:
-        return self.source if self.source.is_dir() else self.source.parent
-
-    def key(self, file: Path) -> str:
-        """Name a file of the checkpoint below its folder."""
-        return str(file.relative_to(self.folder))
-
-    def described(self) -> dict[str, Any]:
-        """Say what is made, so that only the same job goes on with it."""
-        stats = {file: file.stat() for file in self.layouts}
-        return {
-            "checkpoint": {str(f.resolve()): [s.st_size, s.st_mtime_ns] for f, s in stats.items()},
-            "rules": PruneConfig(module_name_configs=self.rules).as_dict(),
-            "step": self.step,
-            "masks": None if self.masks is None else str(self.masks.absolute()),
-        }
-
-
-def last_step(config: PruneConfig) -> int:
-    """Return the step from which on all rules of a config are at their targets.
-
-    Raises:
-        ValueError: a schedule is a callable, of which the end is not known.
-    """
-    steps = [rule.last_step for rule in config.rules.values()]
-    if None in steps:
-        raise ValueError("Expected a step, since a schedule is a callable; got none.")
-    return max((step for step in steps if step is not None), default=0)
 
 
 def prune_checkpoint(
@@ -144,12 +91,14 @@ def prune_checkpoint(
         ConfigError, SelectionError, NaNError: as :func:`purprune.compute_masks` does.
         OSError: a file can't be read or written, or the disk has too little room.
     """
-    job = _job(Path(source), Path(destination), cfg, step, None if masks is None else Path(masks))
-    _refuse_place(job, overwrite=overwrite)
+    job = new_job(
+        Path(source), Path(destination), cfg, step, None if masks is None else Path(masks)
+    )
+    refuse_place(job, overwrite=overwrite)
     work = Unfinished(job.place.with_name(f".{job.place.name}.purprune"))
     with work.alone():
         done = work.begin(job.described(), restart=restart)
-        _refuse_full(job, work.folder)
+        refuse_full(job, work.folder)
         work.result.mkdir(exist_ok=True)
         try:
             facts, resumed = _shards(job, work, done, progress or (lambda what, size: None))
@@ -159,66 +108,8 @@ def prune_checkpoint(
         return _finished(job, work, facts, resumed)
 
 
-def _job(
-    source: Path, place: Path, cfg: PruneConfig | Rule | Mapping[str, Any], step: int | None,
-    masks: Path | None,
-) -> _Job:  # fmt: skip
-    checkpoint, config = Checkpoint(source), as_config(cfg)
-    step = last_step(config) if step is None else step
-    plan(checkpoint, config, step)  # so that what does not fit is refused before anything is made
-    layouts = {file: read_layout(file) for file in dict.fromkeys(checkpoint.files().values())}
-    rules = select(config, checkpoint.shapes()).rules
-    return _Job(source, place, masks, step, config, rules, checkpoint, layouts)
-
-
-def _refuse_place(job: _Job, *, overwrite: bool) -> None:
-    for place in filter(None, (job.place, job.masks)):
-        if not place.absolute().parent.is_dir():
-            raise FileNotFoundError(f"Expected a folder for '{place}'; there is none. Make it.")
-        if os.path.lexists(place) and not overwrite:
-            raise FileExistsError(
-                f"Expected nothing at '{place}'; something is there. Choose another place, or "
-                f"replace it with overwrite=True (--overwrite)."
-            )
-    own, other = job.place.resolve(), job.folder.resolve()
-    if own in (other, job.source.resolve()) or (job.is_folder and other in own.parents):
-        raise FileExistsError(
-            f"Expected another place than the checkpoint's own; got '{job.place}'."
-        )
-    if os.path.lexists(job.place):
-        _refuse_other_kind(job)
-    if job.masks is not None and job.masks.is_dir():
-        raise IsADirectoryError(f"Expected a file for masks; '{job.masks}' is a folder.")
-
-
-def _refuse_other_kind(job: _Job) -> None:
-    """Raise unless what is replaced is a checkpoint like the one that is made."""
-    if job.is_folder:
-        known = job.place.is_dir() and any(job.place.glob("*.safetensors"))
-    else:
-        known = job.place.is_file() and job.place.suffix == ".safetensors"
-    if not known:
-        kind = "folder of safetensors files" if job.is_folder else "safetensors file"
-        raise FileExistsError(
-            f"Expected a {kind} to replace at '{job.place}'; got something else. Choose another "
-            f"place, or remove it yourself."
-        )
-
-
-def _refuse_full(job: _Job, folder: Path) -> None:
-    """Raise when the disk has less room than what is still to be written."""
-    there = sum(f.stat().st_blocks * 512 for f in folder.rglob("*") if f.is_file())
-    needed = sum(layout.size for layout in job.layouts.values()) - there
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"Expected {needed:,} free bytes for '{job.place}'; there are {free:,}. Make room, or "
-            f"choose another disk."
-        )
-
-
 def _shards(
-    job: _Job, work: Unfinished, done: Mapping[str, Any], progress: Progress
+    job: Job, work: Unfinished, done: Mapping[str, Any], progress: Progress
 ) -> tuple[dict[str, Facts], int]:
     """Write all files that are not whole yet; return the facts of all, and how many were whole."""
     names: dict[str, list[str]] = {job.key(file): [] for file in job.layouts}
@@ -245,12 +136,12 @@ def _shards(
     return found, resumed
 
 
-def _mask_file(job: _Job, work: Unfinished) -> MaskFile:
+def _mask_file(job: Job, work: Unfinished) -> MaskFile:
     return MaskFile(work.folder / "masks.safetensors", job.rules, job.checkpoint.shapes())
 
 
 def _whole(
-    job: _Job, work: Unfinished, done: Mapping[str, Any], packed: MaskFile | None
+    job: Job, work: Unfinished, done: Mapping[str, Any], packed: MaskFile | None
 ) -> dict[str, Facts]:
     """Return the facts of the files that an earlier run wrote and that are there as they were."""
     return {
@@ -262,7 +153,7 @@ def _whole(
     }
 
 
-def _masks(job: _Job, params: LazyParams, left: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _masks(job: Job, params: LazyParams, left: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield the masks of the tensors that are left.
 
     Where they are planned alike without the other tensors they do not depend on these. Else all
@@ -302,10 +193,10 @@ class _Some(LazyParams):
 
 
 def _finished(
-    job: _Job, work: Unfinished, facts: Mapping[str, Facts], resumed: int
+    job: Job, work: Unfinished, facts: Mapping[str, Facts], resumed: int
 ) -> PrunedCheckpoint:
     """Copy what else the folder holds, and rename the result."""
-    left_out = _copy_others(job, work.result) if job.is_folder else ()
+    left_out = copy_others(job, work.result) if job.is_folder else ()
     if job.masks is not None:
         put_in_place(work.folder / "masks.safetensors", job.masks, work.folder / "masks.previous")
     fresh = work.result if job.is_folder else work.result / job.source.name
@@ -319,23 +210,6 @@ def _finished(
     }
     size = sum(layout.size for layout in job.layouts.values())
     return PrunedCheckpoint(job.place, counts, size, resumed, left_out)
-
-
-def _copy_others(job: _Job, into: Path) -> tuple[str, ...]:
-    """Copy the other files of a folder; return those that hold weights too, and are left out."""
-    written, left_out = {job.key(file) for file in job.layouts}, []
-    for path in sorted(job.folder.rglob("*")):
-        relative = path.relative_to(job.folder)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
-            continue
-        if str(relative) in written:
-            continue
-        if path.suffix in _WEIGHTS:
-            left_out.append(str(relative))
-            continue
-        (into / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, into / relative)
-    return tuple(left_out)
 
 
 __all__ = ["PrunedCheckpoint", "prune_checkpoint"]

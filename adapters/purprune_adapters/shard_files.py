@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,7 +110,7 @@ class Shard:
     def write(self, name: str, tensor: Tensor, mask: Tensor, masks: MaskFile | None) -> None:
         """Write a tensor that has been masked, and its mask where there is a file for masks."""
         crc = write_at(self._descriptor, as_bytes(tensor), self._layout.spans[name].start)
-        self.facts.zeros[name] = mask.numel() - int(torch.count_nonzero(mask))
+        self.facts.zeros[name] = mask.numel() - int(np.count_nonzero(mask.numpy()))
         if masks is not None:
             self.facts.masks[name] = masks.write(name, mask)
         self._wrote(name, crc)

@@ -30,7 +30,7 @@ from purprune_adapters import Checkpoint
 
 safetensors = pytest.importorskip("safetensors.torch")
 
-from purprune_adapters import pruned_files  # noqa: E402
+from purprune_adapters import prune_jobs  # noqa: E402
 from purprune_adapters.pruned_files import prune_checkpoint  # noqa: E402
 from purprune_adapters.tensor_files import new_layout, read_layout  # noqa: E402
 
@@ -195,7 +195,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, rule, stop)
     assert not (tmp_path / ".out.purprune").exists()
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Stands for what interrupts a run."""
 
 
@@ -206,9 +206,9 @@ def interrupted(source: Path, out: Path, rule: Rule, after: int) -> list[str]:
     def progress(what: str, size: int) -> None:
         calls.append(what)
         if calls.count("written") == after:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         prune_checkpoint(source, out, rule, progress=progress)
     return calls
 
@@ -288,8 +288,8 @@ def test_bad_configs_are_refused_before_anything_is_made(tmp_path):
 def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
     """Defends an hour of work."""
     source = folder(tmp_path)
-    usage = pruned_files.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(pruned_files.shutil, "disk_usage", lambda path: usage)
+    usage = prune_jobs.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(prune_jobs.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"free bytes .* there are 1,000"):
         prune_checkpoint(source, tmp_path / "out", Rule(0.5))
 
