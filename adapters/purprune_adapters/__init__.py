@@ -10,6 +10,8 @@ from purprune_adapters.coreml import export_coreml as export_coreml
 from purprune_adapters.coreml import verify_coreml as verify_coreml
 from purprune_adapters.files import load_pruner as load_pruner
 from purprune_adapters.files import save_pruner as save_pruner
+from purprune_adapters.pruned_files import PrunedCheckpoint as PrunedCheckpoint
+from purprune_adapters.pruned_files import prune_checkpoint as prune_checkpoint
 from purprune_adapters.pruner import Pruner as Pruner
 from purprune_adapters.report import Report as Report
 from purprune_adapters.report import ReportRow as ReportRow

@@ -76,9 +76,10 @@ def structure_of(name: str, tensor: Tensor) -> Structure:
     0 and 1, and whole kernels. N:M is looked for in groups of 2, 4, 8 and 16 along every dim; the
     one that asks for most zeros is named, if it accounts for nine tenths of them.
 
-    >>> found = structure_of("w", torch.tensor([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 4.0]]))
+    >>> weight = torch.tensor([[0.0, 0.0, 1.0, 2.0], [3.0, 4.0, 0.0, 0.0], [0.0, 5.0, 0.0, 6.0]])
+    >>> found = structure_of("w", weight)
     >>> str(found.count), str(found)
-    ('4 of 8 (50.00 %)', '2:4 along dim 1')
+    ('6 of 12 (50.00 %)', '2:4 along dim 1')
     """
     dtype = str(tensor.dtype).removeprefix("torch.")
     zero = (tensor.float() if tensor.itemsize == 1 else tensor) == 0
