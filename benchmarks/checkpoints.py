@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -22,7 +23,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from masks import environment
@@ -68,8 +68,8 @@ def tensors(target_bytes: int) -> Iterator[tuple[str, Tensor]]:
         layer += 1
 
 
-def make(folder: Path, target_bytes: int) -> int:
-    """Write the checkpoint as Hugging Face shards it; return its bytes."""
+def make(folder: Path, target_bytes: int) -> None:
+    """Write the checkpoint as Hugging Face shards it."""
     folder.mkdir(parents=True)
     index: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
@@ -87,7 +87,6 @@ def make(folder: Path, target_bytes: int) -> int:
     write()
     text = json.dumps({"metadata": {}, "weight_map": index})
     (folder / "model.safetensors.index.json").write_text(text)
-    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def forget(folder: Path) -> None:
@@ -99,8 +98,8 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def timed(command: list[str], source: Path, target: Path) -> tuple[float, int]:
-    """Run a command with the two folders; return seconds and its peak memory in bytes."""
+def timed(command: list[str], source: Path, target: Path) -> dict[str, float]:
+    """Run a command with the two folders; return seconds, those of the CPU, and peak memory."""
     shutil.rmtree(target, ignore_errors=True)
     forget(source)
     start = time.perf_counter()
@@ -110,7 +109,8 @@ def timed(command: list[str], source: Path, target: Path) -> tuple[float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"Expected exit code 0 of {command}; got {process.returncode}.")
-    return seconds, usage.ru_maxrss * 1024
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def main() -> None:
@@ -124,33 +124,43 @@ def main() -> None:
     source, target = args.folder / "checkpoint", args.folder / "checkpoint.out"
     where = environment()
     try:
-        size = make(source, int(args.gigabytes * 1e9))
-        seconds: dict[str, list[float]] = {name: [] for name in args.only}
-        peaks: dict[str, int] = {}
+        # in another process: a child's peak of memory begins with what its parent had
+        maker = multiprocessing.get_context("spawn").Process(
+            target=make, args=(source, int(args.gigabytes * 1e9))
+        )
+        maker.start()
+        maker.join()
+        size = sum(file.stat().st_size for file in source.iterdir())
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in args.only}
         for _ in range(args.rounds):
             for name in args.only:
-                taken, peak = timed(CONTENDERS[name], source, target)
-                seconds[name].append(taken)
-                peaks[name] = max(peak, peaks.get(name, 0))
-                row = {**where, "contender": name, "bytes": size, "seconds": taken, "peak": peak}
+                rows[name].append(timed(CONTENDERS[name], source, target))
+                row = {**where, "contender": name, "bytes": size, **rows[name][-1]}
+                row["load"] = os.getloadavg()[0]
                 print(json.dumps(row), flush=True)
     finally:
         shutil.rmtree(source, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
-    show(seconds, peaks, size)
+    show(rows, size)
 
 
-def show(seconds: dict[str, list[float]], peaks: dict[str, int], size: int) -> None:
-    """Print a table."""
+def show(rows: dict[str, list[dict[str, float]]], size: int) -> None:
+    """Print a table of medians."""
     table = Table(title=f"{size / 1e9:.1f} GB in bfloat16")
-    for head in ("contender", "seconds", "GB/s", "of cp", "of cp and sync", "peak MB"):
+    heads = ("contender", "seconds", "GB/s", "of cp", "of cp and sync", "CPU seconds", "peak MB")
+    for head in heads:
         table.add_column(head, justify="left" if head == "contender" else "right")
-    medians: dict[str, Any] = {name: statistics.median(taken) for name, taken in seconds.items()}
-    for name, median in medians.items():
-        shares = [f"{median / medians[peer]:.2f}" if peer in medians else "-"
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(row[key] for row in rows[name])
+
+    for name in rows:
+        seconds = median(name, "seconds")
+        shares = [f"{seconds / median(peer, 'seconds'):.2f}" if peer in rows else "-"
                   for peer in ("cp", "cp and sync")]  # fmt: skip
-        table.add_row(name, f"{median:.1f}", f"{size / median / 1e9:.2f}", *shares,
-                      f"{peaks[name] / 1e6:,.0f}")  # fmt: skip
+        peak = max(row["peak_bytes"] for row in rows[name])
+        table.add_row(name, f"{seconds:.1f}", f"{size / seconds / 1e9:.2f}", *shares,
+                      f"{median(name, 'cpu_seconds'):.1f}", f"{peak / 1e6:,.0f}")  # fmt: skip
     Console(width=100).print(table)
 
 

@@ -76,8 +76,8 @@ def structure_of(name: str, tensor: Tensor) -> Structure:
     0 and 1, and whole kernels. N:M is looked for in groups of 2, 4, 8 and 16 along every dim; the
     one that asks for most zeros is named, if it accounts for nine tenths of them.
 
-    >>> weight = torch.tensor([[0.0, 0.0, 1.0, 2.0], [3.0, 4.0, 0.0, 0.0], [0.0, 5.0, 0.0, 6.0]])
-    >>> found = structure_of("w", weight)
+    >>> rows = [[0.0, 0.0, 1.0, 2.0], [0.0, 3.0, 0.0, 4.0], [5.0, 0.0, 6.0, 0.0]]
+    >>> found = structure_of("w", torch.tensor(rows))
     >>> str(found.count), str(found)
     ('6 of 12 (50.00 %)', '2:4 along dim 1')
     """
