@@ -12,9 +12,10 @@ pytest.importorskip("coremltools")
 pytest.importorskip("typer")
 safetensors = pytest.importorskip("safetensors.torch")
 
-from purprune import Rule, pack_masks  # noqa: E402
+from purprune import Rule, pack_masks, plan  # noqa: E402
 from purprune_adapters import Pruner, export_coreml  # noqa: E402
 from purprune_adapters.cli import main  # noqa: E402
+from purprune_adapters.predicted import predict  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,18 @@ def test_a_package_holds_its_checkpoint(capsys, exported, checkpoint):
     assert (linear["zeros_stored"], linear["dropped"], linear["revived"]) == (13824, 0, 0)
     assert main([*words, "--masks", str(exported / "masks.safetensors")]) == 0
     assert "every surviving weight is there" in capsys.readouterr().out
+
+
+def test_the_bytes_that_a_plan_predicts_are_those_of_the_package(capsys, exported):
+    """Defends the prediction of plan: what is stored, and at most 225 bytes of records."""
+    words = [str(exported / "net.mlpackage"), str(exported / "net.safetensors"), "--json"]
+    assert main(["verify", *words]) == 0
+    linear = json.loads(capsys.readouterr().out)["parameters"][1]
+    shapes = {"w": torch.empty(linear["shape"], device="meta")}
+    predicted = predict(shapes, plan(shapes, Rule(0.75))).total
+    assert 0 <= predicted.coreml.least - linear["bytes_stored"] <= 225
+    assert predicted.coreml.least == predicted.coreml.most
+    assert predicted.coreml_dense == linear["bytes_dense"]
 
 
 def test_another_checkpoint_does_not_hold(capsys, exported, tmp_path):

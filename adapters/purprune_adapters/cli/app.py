@@ -21,6 +21,7 @@ from purprune_adapters.cli import (
     verifying,
 )
 from purprune_adapters.cli.output import one_line
+from purprune_adapters.coreml.errors import ExportError
 
 app = typer.Typer(
     name="purprune",
@@ -34,7 +35,9 @@ app = typer.Typer(
 for module in (planning, pruning, inspecting, schedules, verifying, configs, demo):
     module.register(app)
 
-_BAD_INPUT = (ValueError, TypeError, LookupError, OSError, ImportError, typer.TyperException)
+_TOLD = (
+    ValueError, TypeError, LookupError, OSError, ImportError, ExportError, typer.TyperException,
+)  # fmt: skip
 
 
 def _show_version(wanted: bool) -> None:
@@ -74,11 +77,11 @@ def run(argv: Sequence[str]) -> int:
         code = command.main(
             args=list(argv) or ["--help"], prog_name="purprune", standalone_mode=False
         )
-    except _BAD_INPUT as error:
+    except _TOLD as error:
         if "--traceback" in argv:
             raise
         print(f"purprune: {one_line(error)}{_help(error, argv)}", file=sys.stderr)  # noqa: T201
-        return 2
+        return 1 if isinstance(error, ExportError) else 2
     except typer.Abort:
         return 130
     return int(code or 0)
