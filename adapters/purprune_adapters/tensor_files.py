@@ -135,9 +135,9 @@ class Opened:
         os.close(self.descriptor)
 
 
-def write_at(descriptor: int, data: bytes | memoryview, start: int) -> int:
-    """Write all of the data at a place; return its CRC-32."""
-    left, crc = memoryview(data), 0
+def write_at(descriptor: int, data: bytes | memoryview, start: int, crc: int = 0) -> int:
+    """Write all of the data at a place; return its CRC-32, or go on with that of what is before."""
+    left = memoryview(data)
     while left:
         done = os.pwrite(descriptor, left[:_CHUNK], start)
         crc = zlib.crc32(left[:done], crc)
