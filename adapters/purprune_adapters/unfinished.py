@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -70,6 +69,8 @@ class Unfinished:
         Raises:
             BlockingIOError: another run holds it.
         """
+        import fcntl  # which not every system has; the package is imported on all
+
         lock = self.folder.with_name(f"{self.folder.name}.lock")
         with lock.open("w") as file:
             try:
