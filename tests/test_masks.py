@@ -240,7 +240,8 @@ for banned in ("coremltools", "matplotlib", "transformers", "lightning", "torch.
     assert banned not in sys.modules, banned
 import purprune_adapters
 for banned in ("coremltools", "matplotlib", "transformers", "accelerate", "lightning",
-               "purprune_adapters.transformers", "purprune_adapters.lightning"):
+               "purprune_adapters.transformers", "purprune_adapters.lightning", "typer",
+               "purprune_adapters.cli"):
     assert banned not in sys.modules, banned
 import pathlib
 for path in pathlib.Path(purprune.__file__).parent.glob("*.py"):
