@@ -307,6 +307,24 @@ def test_the_schedule_is_drawn_as_planned_and_as_reached():
     assert mean.endswith("H100")
 
 
+@pytest.mark.parametrize(
+    ("updates", "corners", "first"),
+    [
+        (range(0, 9_000, 100), 89, "1.12"),  # exactly at 100 of 8,900
+        (range(0, 3_000, 10), 250, "0.4"),
+        (range(0, 9_000_000, 100_000), 89, "1.2"),
+    ],
+)
+def test_a_long_schedule_has_corners_where_its_updates_are(updates, corners, first):
+    """Defends the update steps themselves, as long as they are few, and small files."""
+    pruner = Pruner(nn.Linear(4, 4), Rule(0.8, PolynomialDecay(updates)))
+    chart = schedule(pruner.report(), pruner, [])
+    assert chart is not None
+    (line,) = chart.paths
+    assert line.d.count("V") == corners
+    assert line.d.startswith(f"M0 100H{first}V")
+
+
 @given(st.floats(0.001, 1e9), st.integers(2, 8))
 def test_ticks_are_round_inside_and_few(high, count):
     """Defends axes of any length."""

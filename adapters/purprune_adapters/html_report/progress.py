@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from purprune import Rule
 from purprune_adapters.html_report.charts import (
     PERCENT_TICKS,
     Chart,
@@ -20,7 +21,11 @@ from purprune_adapters.report import Report
 from purprune_adapters.trackers import Record
 
 _SAMPLES = 250
+"""The most corners of a line."""
+_WALKED = 20_000
+"""How many steps are asked whether something changes there."""
 _DOTS = 120
+"""How many points of a log are drawn, about."""
 _APART = 7
 """How far words at the ends of lines are apart at least, in percent of the height."""
 
@@ -63,7 +68,7 @@ def schedule(report: Report, pruner: Pruner | None, history: Sequence[Record]) -
 
 def _planned(report: Report, pruner: Pruner, end: int, x: Scale) -> tuple[list[Path], list[Label]]:
     """Return a line for each curve that some layers share, and their mean where they differ."""
-    steps = sorted({round(i * end / _SAMPLES) for i in range(_SAMPLES + 1)})
+    steps = _steps(pruner, end)
     at = [pruner.sparsity_at(step) for step in steps]
     curves: dict[tuple[float, ...], list[str]] = {}
     for name in at[0]:
@@ -81,6 +86,20 @@ def _planned(report: Report, pruner: Pruner, end: int, x: Scale) -> tuple[list[P
         line = staircase(list(zip(places, mean, strict=True)))
         paths.append(Path(line, "planned", "planned: all layers together"))
     return paths, _ends(at[-1])
+
+
+def _steps(pruner: Pruner, end: int) -> list[int]:
+    """Return where lines have corners; so many steps evenly spread where there are more."""
+    rules: list[Rule] = []
+    for rule in pruner.resolved_config.rules.values():
+        rules += [] if rule in rules else [rule]
+    found = {0, end}
+    for step in range(end + 1) if end <= _WALKED else ():
+        if any(rule.changes_at(step) for rule in rules):
+            found.add(step)
+    if end > _WALKED or len(found) > _SAMPLES:
+        found = {round(i * end / _SAMPLES) for i in range(_SAMPLES + 1)}
+    return sorted(found)
 
 
 def _ends(last: Mapping[str, float]) -> list[Label]:
