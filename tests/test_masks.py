@@ -240,6 +240,7 @@ for banned in ("coremltools", "matplotlib", "transformers", "lightning", "torch.
     assert banned not in sys.modules, banned
 import purprune_adapters
 for banned in ("coremltools", "matplotlib", "transformers", "accelerate", "lightning",
+               "pandas", "tensorboard", "purprune_adapters.html_report",
                "purprune_adapters.transformers", "purprune_adapters.lightning"):
     assert banned not in sys.modules, banned
 import pathlib

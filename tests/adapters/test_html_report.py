@@ -172,8 +172,8 @@ def test_every_state_of_a_pruner_has_a_page(tmp_path, given):
         "new": "the pruner is not prepared",
         "finalized": "the pruner is finalized",
         "report": "Written from a report alone",
-        "one shot": "One shot",
-        "callable": "One shot",
+        "one shot": "one shot",
+        "callable": "the pruner is prepared",
         "all": "No weight is left",
         "empty": "the parameter has no entries",
     }

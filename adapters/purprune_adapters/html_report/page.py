@@ -196,6 +196,8 @@ def _when(report: Report, pruner: Pruner | None) -> str:
     last = None if pruner is None else pruner.last_step
     if last is None or report.phase != "prepared":
         return f"the pruner is {report.phase}"
+    if last == 0:
+        return "one shot: there is no schedule"
     return f"the schedule ends at {last:,}" if report.step < last else "the schedule is over"
 
 
