@@ -12,10 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import on_ranks
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from purprune import PolynomialDecay, Rule, Unstructured
 from purprune_adapters import Pruner
+from purprune_adapters.html_report import write_html
 from purprune_adapters.trackers import SparsityLog, TensorBoard, changes, flat
 
 SCHEDULE = PolynomialDecay([1, 3, 5])
@@ -211,3 +214,34 @@ def test_the_extra_is_named_where_tensorboard_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"purprune\[tensorboard\]"):
         TensorBoard(tmp_path)
+
+
+def _moved(pruner: Pruner, log: SparsityLog) -> None:
+    """Step with weights that change the same way, whole or in shards."""
+    for step in range(6):
+        with torch.no_grad():
+            for param in pruner.model.parameters():
+                param.add_(0.01 * (step + 1))
+        pruner.step()
+        log.step()
+
+
+@on_ranks(2)
+def test_a_log_of_shards_tells_every_process_the_counts_of_the_whole():
+    """Defends sums over processes: each has a part of the flips. A page of shards is refused."""
+    rule = Rule(0.8, SCHEDULE, 0.2, Unstructured(scope="global"))
+    whole = prepared(rule)
+    log = SparsityLog(whole, layers=True)
+    log.step()
+    _moved(whole, log)
+    model = network()
+    fully_shard(model)
+    pruner = Pruner(model, rule)
+    pruner.prepare(inplace=True)
+    parts = SparsityLog(pruner, layers=True)
+    parts.step()
+    _moved(pruner, parts)
+    assert parts.history == log.history
+    assert [record["step"] for record in log.history] == [0, 1, 3, 5]
+    with pytest.raises(ValueError, match=r"shards.*pruner\.report\(\) in all processes"):
+        write_html("report.html", pruner)
