@@ -186,6 +186,7 @@ def test_every_state_of_a_pruner_has_a_page(tmp_path, given):
     [
         ({"accuracy": {"dense": 97.3}}, ValueError, r"'dense'.*\[0, 1\].*97.3"),
         ({"before": {"conv.weight": torch.ones(3)}}, ValueError, r"'conv.weight'.*\(3,\)"),
+        ({"history": [{"step": 3}]}, ValueError, "no 'zeros'.*log.history"),
         ({"path": "nowhere/report.html"}, FileNotFoundError, "nowhere"),
         ({"pruned": nn.Linear(2, 2)}, TypeError, "Pruner or a Report; got Linear"),
     ],

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ import purprune
 from purprune_adapters.coreml.report import ExportReport
 from purprune_adapters.distributed import is_sharded
 from purprune_adapters.html_report import words
+from purprune_adapters.html_report.headlines import compared, reasons_of, tiles_of
 from purprune_adapters.html_report.layers import layers_of, looked_at, overview
 from purprune_adapters.html_report.progress import schedule
 from purprune_adapters.html_report.sizes import size_chart, stored
@@ -22,20 +23,7 @@ from purprune_adapters.pruner import Pruner
 from purprune_adapters.report import Report
 from purprune_adapters.trackers import Record
 
-
-class Tile(NamedTuple):
-    """A headline: a number, what it is, and of what."""
-
-    number: str
-    name: str
-    note: str
-
-
-class Reason(NamedTuple):
-    """Why parameters are not pruned, and which."""
-
-    why: str
-    names: list[str]
+_DRAWN = ("step", "zeros", "entries", "sparsity", "scheduled_sparsity", "newly_pruned", "regrown")
 
 
 def write_html(
@@ -65,7 +53,8 @@ def write_html(
         title: the page's title.
 
     Raises:
-        ValueError: weights are in shards, ``before`` has another shape, or an accuracy is no share.
+        ValueError: weights are in shards, ``before`` has another shape, an accuracy is no share, or
+            ``history`` has no records of a log.
         FileNotFoundError: there is no such folder.
         TypeError: what is to be told of is no pruner and no report.
 
@@ -87,12 +76,13 @@ def write_html(
             f"Expected a folder for '{file}'; there is no '{file.parent}'. Make it first."
         )
     _refuse_no_shares(accuracy or {})
+    history = [_record(record) for record in history]
     pruner = pruned if isinstance(pruned, Pruner) else None
     if pruner is not None:
         _refuse_shards(pruner)
         _refuse_other_shapes(pruner, before or {})
     report = pruned if isinstance(pruned, Report) else pruned.report()
-    page = _page(report, pruner, before, list(history), export, accuracy or {}, title)
+    page = _page(report, pruner, before, history, export, accuracy or {}, title)
     file.write_text(page, encoding="utf-8")
     return file
 
@@ -113,7 +103,7 @@ def _page(
     rendered: str = template.render(
         title=title,
         report=report,
-        tiles=_tiles(report, _when(report, pruner), export, accuracy),
+        tiles=tiles_of(report, pruner, export, compared(accuracy)),
         layers=layers,
         overview=overview(layers, report.model_entries),
         schedule=curves,
@@ -122,12 +112,12 @@ def _page(
         sizes=size_chart(report, export) if report.total.entries else None,
         stored=stored(report.total.zeros, report.total.entries),
         export=export,
-        accuracy=_compared(accuracy),
+        accuracy=compared(accuracy),
         looks=looks,
         shown={layer.number for layer in looks},
         whole=pruner is not None,
         compares=bool(before),
-        reasons=_reasons(report),
+        reasons=reasons_of(report),
         versions={"purprune": purprune.__version__, "torch": torch.__version__},
         style=_text("page.css"),
         script=_text("page.js"),
@@ -166,57 +156,15 @@ def _text(name: str) -> str:
     return files("purprune_adapters.html_report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _tiles(
-    report: Report, when: str, export: ExportReport | None, accuracy: Mapping[str, float]
-) -> list[Tile]:
-    total, all_ = report.total, report.model_entries
-    tiles = [
-        Tile(
-            words.percent(total.zeros, total.entries),
-            "of the pruned weights are zero",
-            f"{total.zeros:,} of {total.entries:,}",
-        ),
-        Tile(words.percent(total.zeros, all_), "of all parameters", f"the model has {all_:,}"),
-        Tile(f"{report.step:,}", "optimizer steps", when),
-    ]
-    if export is not None and export.dense_weight_bytes:
-        note = f"instead of {words.size(export.dense_weight_bytes)}, in {export.path.name}"
-        tiles.append(Tile(words.size(export.weight_bytes), "of weights in the package", note))
-    elif total.entries:
-        now = stored(total.zeros, total.entries)
-        note = f"instead of {words.size(now.dense)}, computed for float16"
-        tiles.append(Tile(words.size(min(now)), "to store the pruned weights", note))
-    if accuracy:
-        *_, last = _compared(accuracy)
-        tiles.append(Tile(words.short_percent(last["value"]), "accuracy", last["note"]))
-    return tiles
-
-
-def _when(report: Report, pruner: Pruner | None) -> str:
-    last = None if pruner is None else pruner.last_step
-    if last is None or report.phase != "prepared":
-        return f"the pruner is {report.phase}"
-    if last == 0:
-        return "one shot: there is no schedule"
-    return f"the schedule ends at {last:,}" if report.step < last else "the schedule is over"
-
-
-def _compared(accuracy: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return each accuracy with its distance from the first."""
-    rows = []
-    for place, (name, value) in enumerate(accuracy.items()):
-        first = next(iter(accuracy.items()))
-        points = f"{100 * (value - first[1]):+.2f}".replace("-", "−")
-        note = f"{name}; {points} points against {first[0]}" if place else name
-        rows.append({"name": name, "value": value, "note": note, "points": points if place else ""})
-    return rows
-
-
-def _reasons(report: Report) -> list[Reason]:
-    found: dict[str, list[str]] = {}
-    for name, why in report.skipped.items():
-        found.setdefault(why, []).append(name)
-    return [Reason(why, names) for why, names in found.items()]
+def _record(record: Record) -> Record:
+    """Return a record that has all that is drawn of it, as one of a file may not."""
+    missing = [key for key in _DRAWN if key not in record]
+    if missing:
+        raise ValueError(
+            f"Expected records of a SparsityLog in history; one has no {missing[0]!r}. Give "
+            f"log.history, or what json.loads made of its lines."
+        )
+    return record
 
 
 def _refuse_no_shares(accuracy: Mapping[str, float]) -> None:
