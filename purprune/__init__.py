@@ -1,17 +1,26 @@
 """purprune: pruning for PyTorch as pure functions."""
 
+from purprune.allocations import ErdosRenyi as ErdosRenyi
+from purprune.allocations import Uniform as Uniform
 from purprune.config import PruneConfig as PruneConfig
 from purprune.config import Rule as Rule
+from purprune.envelopes import allocate_by_sensitivity as allocate_by_sensitivity
 from purprune.errors import ConfigError as ConfigError
 from purprune.errors import NaNError as NaNError
 from purprune.errors import SelectionError as SelectionError
 from purprune.given import infer_masks as infer_masks
+from purprune.layer_scores import LAMP as LAMP
+from purprune.layer_scores import RIA as RIA
+from purprune.layer_scores import Wanda as Wanda
 from purprune.masks import Count as Count
 from purprune.masks import Sparsity as Sparsity
 from purprune.masks import apply_masks as apply_masks
 from purprune.masks import compute_masks as compute_masks
 from purprune.masks import iter_masks as iter_masks
 from purprune.masks import sparsity as sparsity
+from purprune.measuring import sensitivity as sensitivity
+from purprune.obs import sparsegpt as sparsegpt
+from purprune.outliers import allocate_by_outliers as allocate_by_outliers
 from purprune.packing import pack_masks as pack_masks
 from purprune.packing import unpack_masks as unpack_masks
 from purprune.patterns import NM as NM
@@ -21,15 +30,36 @@ from purprune.patterns import GlobalGroup as GlobalGroup
 from purprune.patterns import Kernel as Kernel
 from purprune.patterns import Pattern as Pattern
 from purprune.patterns import Unstructured as Unstructured
+from purprune.permutation import kept_magnitude as kept_magnitude
+from purprune.permutation import search_permutation as search_permutation
+from purprune.permuting import permute_inputs as permute_inputs
+from purprune.phases import Alternating as Alternating
 from purprune.planning import Plan as Plan
 from purprune.planning import plan as plan
+from purprune.regrow import SET as SET
+from purprune.regrow import Regrow as Regrow
+from purprune.regrow import RigL as RigL
+from purprune.regrow import StraightThrough as StraightThrough
+from purprune.saliency import gradients as gradients
+from purprune.saliency import grasp_scores as grasp_scores
+from purprune.saliency import iterative_masks as iterative_masks
+from purprune.saliency import synflow_scores as synflow_scores
 from purprune.schedules import ConstantSparsity as ConstantSparsity
+from purprune.schedules import CosineDecay as CosineDecay
+from purprune.schedules import ExponentialDecay as ExponentialDecay
 from purprune.schedules import PolynomialDecay as PolynomialDecay
 from purprune.schedules import Ramp as Ramp
+from purprune.scores import Fisher as Fisher
+from purprune.scores import Given as Given
+from purprune.scores import Gradient as Gradient
 from purprune.scores import Magnitude as Magnitude
 from purprune.scores import Random as Random
 from purprune.scores import ScoreContext as ScoreContext
 from purprune.scores import Taylor as Taylor
 from purprune.selection import LazyParams as LazyParams
+from purprune.sensitivities import Sensitivity as Sensitivity
+from purprune.sensitivities import mean_sensitivity as mean_sensitivity
+from purprune.ste import straight_through as straight_through
+from purprune.updating import update_masks as update_masks
 
 __version__ = "0.1.0"

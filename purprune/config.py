@@ -24,8 +24,21 @@ from pydantic import (
 )
 from pydantic_core import ArgsKwargs, CoreSchema
 
+from purprune.allocations import Budget, OwnTarget
 from purprune.errors import ConfigError, one_line
-from purprune.patterns import NM, Block, Channel, Kernel, Pattern, Unstructured
+from purprune.patterns import (
+    NM,
+    Block,
+    Channel,
+    EveryGroup,
+    GlobalGroup,
+    Kernel,
+    Pattern,
+    TensorGroup,
+    TransposableGroup,
+    Unstructured,
+)
+from purprune.regrow import AnyRegrow, Regrow
 from purprune.schedules import ConstantSparsity, Ramp, Schedule
 from purprune.scores import Magnitude, Score
 from purprune.values import KNOWN_KEYS, FrozenDict, SparsityValue, StrictInt, exact, value
@@ -105,9 +118,18 @@ class Rule:
         initial_sparsity: the sparsity before and at the first update.
         pattern: :func:`Unstructured`, :func:`Channel`, :func:`Kernel`, :func:`Block`,
             :func:`NM`, or any :class:`Pattern`.
-        score: ``"magnitude"``, ``"taylor"``, ``Random(seed)``, or a callable
+        score: how much an entry matters: ``"magnitude"``, ``"taylor"`` or ``"snip"``,
+            ``Random(seed)``, ``"gradient"``, ``"fisher"``, ``"movement"``, ``"wanda"``, ``"ria"``,
+            ``"lamp"``, ``"synflow"``, ``"grasp"``, ``Given(stat)``, or a callable
             ``score(weight, context)``.
         param_name: the parameter below a selected module; None means its weights.
+        regrow: how pruned entries come back: :class:`purprune.Regrow` (:func:`purprune.RigL`,
+            :func:`purprune.SET`), :class:`purprune.StraightThrough`, or None, never.
+            :func:`purprune.update_masks` and the Pruner follow it; :func:`purprune.compute_masks`,
+            which knows no masks of before, does not.
+        budget: ``"own"``: every tensor has this sparsity. ``"uniform"``, ``"er"`` or ``"erk"``
+            (:class:`ErdosRenyi`): tensors whose rules are equal have it together, and the exact
+            total of their units is divided by their shapes.
 
     Instead of ``pattern`` the keys of coremltools are taken too: ``granularity``, ``block_size``,
     ``n_m_ratio``, ``dim``; and ``scheduler`` for ``schedule``.
@@ -127,6 +149,8 @@ class Rule:
     pattern: Pattern = Pattern()
     score: Score = Magnitude()
     param_name: str | None = None
+    budget: Budget = OwnTarget()
+    regrow: AnyRegrow | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -148,6 +172,47 @@ class Rule:
                 "expected no initial or target sparsity beside a callable schedule, which returns "
                 f"the sparsity itself; got {self.initial_sparsity} and {self.target_sparsity}."
             )
+        if self.is_divided and not isinstance(self.pattern.group, TensorGroup):
+            raise ValueError(
+                f"expected budget='own' for groups of kind {self.pattern.group.kind!r}, which set "
+                f"the counts of each tensor themselves; got {self.budget!r}. Leave the budget out, "
+                f"or take a pattern whose group is the tensor."
+            )
+        self._refuse_beyond_caps()
+        self._refuse_idle_exchange()
+
+    def _refuse_idle_exchange(self) -> None:
+        """Refuse an exchange of which the whole numbers in small groups leave nothing."""
+        group, regrow = self.pattern.group, self.regrow
+        if not isinstance(regrow, Regrow) or not isinstance(group, EveryGroup | TransposableGroup):
+            return
+        kept = group.m - group.zeros
+        if kept and regrow.fraction and exact(regrow.fraction) * kept < 1:
+            raise ValueError(
+                f"expected a fraction of at least 1/{kept}, which exchanges one of the {kept} that "
+                f"are kept in {group.m}; got regrow.fraction={regrow.fraction}, which exchanges "
+                f"none. Where it decays, exchanges end when it falls below."
+            )
+
+    def _refuse_beyond_caps(self) -> None:
+        group = self.pattern.group
+        if isinstance(group, GlobalGroup) and isinstance(self.schedule, Ramp):
+            highest = max(self.target, exact(self.initial_sparsity))
+            if highest > exact(group.max_sparsity):
+                raise ValueError(
+                    f"expected sparsities up to max_sparsity={group.max_sparsity} of the global "
+                    f"group, which is what all its tensors reach; got {float(highest):g}."
+                )
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether tensors with equal rules share a total that their shapes divide."""
+        return not isinstance(self.budget, OwnTarget)
+
+    @property
+    def is_global(self) -> bool:
+        """Whether tensors with equal rules share a total that their values divide."""
+        return isinstance(self.pattern.group, GlobalGroup)
 
     @property
     def target(self) -> Fraction:
@@ -171,6 +236,8 @@ class Rule:
 
     def changes_at(self, step: int) -> bool:
         """Tell whether masks are computed anew at ``step``."""
+        if self.regrow is not None and self.regrow.changes_at(step):
+            return True
         if isinstance(self.schedule, Ramp):
             return self.schedule.changes_at(step)
         return step == 0 or self.sparsity_at(step) != self.sparsity_at(step - 1)

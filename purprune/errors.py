@@ -52,7 +52,7 @@ def _finding(found: dict[str, Any], title: str, fields: Sequence[str], known: Se
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
         key = str(found["loc"][-1])
         there = f" Known here: {', '.join(fields)}." if not rest else ""
-        return f"{path}: unknown key {key!r}.{near_misses(key, known) or there}"
+        return f"{path}: unknown key {key!r}.{near_misses(key, known - {key}) or there}"
     if kind in {"missing", "missing_argument"}:
         return f"{path}: expected a value; got none."
     message = found["msg"].replace("Input should be ", "expected ")

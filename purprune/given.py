@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from purprune.balancing import limits_of
 from purprune.config import Rule
 from purprune.errors import SelectionError, near_misses
 from purprune.patterns import Layout
 from purprune.ranking import count
-from purprune.scoring import kept_units, readable, sparsity_at, unit_layout
+from purprune.scoring import kept_units, readable, unit_layout
 from purprune.selection import check_params
-from purprune.sharing import shared_groups
+from purprune.totals import sharing, sparsities_at
+from purprune.transposable import refuse_uneven
 
 Total = Callable[[Mapping[str, list[int]]], dict[str, list[int]]]
 
@@ -75,6 +78,7 @@ def refuse_unfit_masks(
     rules: Mapping[str, Rule],
     floor: Mapping[str, Tensor],
     total: Total = dict,
+    shapes: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Raise unless the masks could be what :func:`compute_masks` returns at ``step``.
 
@@ -87,15 +91,20 @@ def refuse_unfit_masks(
         rules: the rules by name.
         floor: masks that hold at every step, or what this process holds of them.
         total: sums counts by name over all processes that hold parts of the masks.
+        shapes: tensors with the whole shapes, where the masks are parts.
 
     Raises:
         ValueError: a mask does not fit; names the parameter and the counts. In every process.
     """
+    sparsities = sparsities_at(rules, masks if shapes is None else shapes, step)
     counts: dict[str, list[int]] = {}
     failure: Exception | None = None
     for name, rule in rules.items():
         try:
-            counts[name] = [0, *_counted(name, rule, step, masks[name], floor.get(name))]
+            counts[name] = [
+                0,
+                *_counted(name, rule, sparsities[name], step, masks[name], floor.get(name)),
+            ]
         except (TypeError, ValueError) as error:
             failure, counts[name] = failure or error, [1, 0, 0, 0]
     found = total(counts)
@@ -107,14 +116,18 @@ def refuse_unfit_masks(
                 f"Expected a mask for {name!r} that fits in every process; in another one it does "
                 f"not. It is damaged, or of another step; the error there says how."
             )
-    for names in _sharing(rules, masks):
-        units, pruned, least = (sum(found[name][i] for name in names) for i in (1, 2, 3))
-        due = max(least, count(units, sparsity_at(names[0], rules[names[0]], step)))
-        _refuse_count(" and ".join(map(repr, names)), units, due, pruned, step)
+    for names in _of_one_count(rules):
+        units, pruned, held = ([found[name][i] for name in names] for i in (1, 2, 3))
+        sparsity = sparsities[names[0]]
+        limits = limits_of(rules[names[0]].pattern.group, units, sparsity, held)
+        due = max(sum(low for low, _ in limits), count(sum(units), sparsity))
+        _refuse_count(" and ".join(map(repr, names)), sum(units), due, sum(pruned), step)
+        for name, n, gone, (low, high) in zip(names, units, pruned, limits, strict=True):
+            _refuse_count(repr(name), n, min(max(gone, low), high), gone, step)
 
 
 def _counted(
-    name: str, rule: Rule, step: int, mask: Tensor, floor: Tensor | None
+    name: str, rule: Rule, sparsity: Fraction, step: int, mask: Tensor, floor: Tensor | None
 ) -> tuple[int, int, int]:
     """Return the units, how many of them are pruned, and how many a floor prunes.
 
@@ -131,18 +144,19 @@ def _counted(
         )
     if layout.is_whole:
         return kept.numel(), int((~kept).sum()), int((~below).sum())
+    refuse_uneven(name, rule.pattern.group, floor=below, masks=kept)
     floors = _pruned_by_group(below, layout)
     for (size, pruned), (_, least) in zip(_pruned_by_group(kept, layout), floors, strict=True):
-        due = least.clamp(min=count(size, sparsity_at(name, rule, step)))
+        due = least.clamp(min=count(size, sparsity))
         if not torch.equal(pruned, due):
             at = int((pruned != due).nonzero()[0])
             _refuse_count(repr(name), size, int(due[at]), int(pruned[at]), step)
     return 0, 0, 0
 
 
-def _sharing(rules: Mapping[str, Rule], masks: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
-    """Return the names of tensors that share a count; most have one of their own."""
-    shared = [tuple(group.members) for group in shared_groups(rules, masks)]
+def _of_one_count(rules: Mapping[str, Rule]) -> list[tuple[str, ...]]:
+    """Return the names of tensors with one count; most have one of their own."""
+    shared = [names for names in sharing(rules) if rules[names[0]].is_global]
     others = set(rules).difference(*shared)
     return [*shared, *((name,) for name in rules if name in others)]
 
@@ -168,7 +182,8 @@ def refuse_unfit_floor(
         if not isinstance(mask, Tensor):
             raise TypeError(f"Expected a bool mask for {name!r}; got {type(mask).__name__}.")
         block, _ = unit_layout(name, rules[name], params[name].shape)
-        kept_units("masks", mask, block, params[name], name)
+        kept = kept_units("masks", mask, block, params[name], name)
+        refuse_uneven(name, rules[name].pattern.group, masks=kept)
 
 
 def refuse_without_rule(floor: Iterable[str], rules: Mapping[str, Rule]) -> None:

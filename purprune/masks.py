@@ -17,6 +17,7 @@ from torch import Tensor
 
 from purprune.config import PruneConfig, Rule, as_config
 from purprune.errors import NaNError, near_misses
+from purprune.patterns import TransposableGroup
 from purprune.ranking import keep_all_but_lowest, refuse_nan
 from purprune.scoring import (
     check_mask,
@@ -25,11 +26,12 @@ from purprune.scoring import (
     ranks_absolute,
     raw_scores,
     refuse_parts,
-    sparsity_at,
     unit_layout,
 )
 from purprune.selection import check_params, described, select
 from purprune.sharing import Inputs, Shared, shared_groups, shared_masks
+from purprune.totals import sparsities_at
+from purprune.transposable import keep_largest_sum, refuse_uneven
 from purprune.units import is_entry, spread, unit_scores
 
 
@@ -41,12 +43,14 @@ def compute_masks(
     prev: Mapping[str, Tensor] | None = None,
     floor: Mapping[str, Tensor] | None = None,
     grads: Mapping[str, Tensor | None] | None = None,
+    stats: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Return the masks in force at ``step``, one for every parameter that a rule is for.
 
     In every group exactly ``k = floor(units * sparsity(step))`` units are pruned: the first by
     (score, flat index), and where tensors share a group, ties by the order of ``params``. With
-    ``floor`` they are the larger of k and what ``floor`` prunes there.
+    ``floor`` they are the larger of k and what ``floor`` prunes there. Of transposable masks the
+    one that keeps the largest sum of scores is taken (:mod:`purprune.transposable`).
 
     Args:
         params: flat mapping of dotted names to tensors, as ``dict(model.named_parameters())``.
@@ -56,6 +60,7 @@ def compute_masks(
         floor: masks that hold at every step, such as those of a model that was pruned before.
             What they prune is pruned, whatever the sparsity: first they, then ``prev``.
         grads: gradients by name, for scores that need them.
+        stats: statistics by name, for scores that need them: ``{"fc.weight": {"input_norm": x}}``.
 
     Returns:
         Bool masks by name, True = keep; names that no rule is for are absent. A mask may be an
@@ -70,7 +75,7 @@ def compute_masks(
     >>> compute_masks(params, 0, Rule(target_sparsity=0.75))
     {'fc.weight': tensor([[ True, False, False, False]])}
     """
-    return dict(iter_masks(params, step, cfg, prev=prev, floor=floor, grads=grads))
+    return dict(iter_masks(params, step, cfg, prev=prev, floor=floor, grads=grads, stats=stats))
 
 
 def iter_masks(
@@ -81,13 +86,15 @@ def iter_masks(
     prev: Mapping[str, Tensor] | None = None,
     floor: Mapping[str, Tensor] | None = None,
     grads: Mapping[str, Tensor | None] | None = None,
+    stats: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and masks of :func:`compute_masks` one at a time.
 
     No more than one of the ``params`` is in use at a time, so that a mapping which loads its
     tensors when they are asked for may be larger than memory. Each is asked for once; tensors that
     share a count (``scope="global"``) are all counted first: once for a sample where there are more
-    than 65,536 units, once for the count, and seldom once or twice again. What a
+    than 65,536 units, once for the count, and seldom once or twice again; with bounds or scales
+    (:class:`GlobalGroup`) some times more, to find out how many of each tensor go. What a
     :class:`LazyParams` says of shapes is believed, so that nothing is loaded to select rules.
 
     Args and errors are those of :func:`compute_masks`.
@@ -101,22 +108,34 @@ def iter_masks(
     shapes = described(params)
     step = check_step(step)
     rules = select(as_config(cfg), shapes).rules
-    for what, given in (("prev", prev), ("floor", floor), ("grads", grads)):
+    for what, given in (("prev", prev), ("floor", floor), ("grads", grads), ("stats", stats)):
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f"Expected {what} as a dict by name; got {type(given).__name__}.")
-    inputs = Inputs(params, step, dict(prev or {}), dict(floor or {}), dict(grads or {}))
-    _refuse_strangers(inputs.prev, shapes)
-    _refuse_strangers(inputs.floor, shapes)
-    return _masks(rules, shared_groups(rules, shapes), inputs)
+    inputs = Inputs(
+        params, step, dict(prev or {}), dict(floor or {}), dict(grads or {}), dict(stats or {})
+    )
+    for masks in inputs.given.values():
+        _refuse_strangers("masks", masks, shapes)
+    _refuse_strangers("statistics", inputs.stats, shapes)
+    for name, found in inputs.stats.items():
+        if not isinstance(found, Mapping):
+            got = type(found).__name__
+            raise TypeError(f"Expected stats[{name!r}] as a dict by statistic; got {got}.")
+    sparsities = sparsities_at(rules, shapes, step)
+    return _masks(rules, sparsities, shared_groups(rules, shapes, sparsities), inputs)
 
 
 @torch.no_grad()
 def _masks(
-    rules: Mapping[str, Rule], groups: list[Shared], inputs: Inputs
+    rules: Mapping[str, Rule],
+    sparsities: Mapping[str, Fraction],
+    groups: list[Shared],
+    inputs: Inputs,
 ) -> Iterator[tuple[str, Tensor]]:
-    shared = shared_masks([g for g in groups if g.sparsity_at(inputs.step)], inputs)
+    shared = shared_masks([group for group in groups if group.sparsity], inputs)
     for name, rule in rules.items():
-        yield name, next(shared[name]) if name in shared else _mask(name, rule, inputs)
+        own = name not in shared
+        yield name, mask_of(name, rule, sparsities[name], inputs) if own else next(shared[name])
 
 
 def check_step(step: int) -> int:
@@ -130,14 +149,16 @@ def check_step(step: int) -> int:
     return whole
 
 
-def _mask(name: str, rule: Rule, inputs: Inputs) -> Tensor:
+def mask_of(name: str, rule: Rule, sparsity: Fraction, inputs: Inputs) -> Tensor:
+    """Return the mask of one tensor, whose groups are its own, at a sparsity of units."""
     weight, context = inputs.weight(name), inputs.context(name)
     block, layout = unit_layout(name, rule, weight.shape)
     prev, floor = (
         kept_units(what, given[name], block, weight, name) if name in given else None
         for what, given in inputs.given.items()
     )
-    sparsity = sparsity_at(name, rule, inputs.step)
+    group = rule.pattern.group
+    refuse_uneven(name, group, floor=floor, prev=prev)
     if sparsity == 0:  # no score is needed, nor a gradient
         refuse_nan(weight, f"the weight {name!r}")
         if floor is not None:
@@ -146,7 +167,10 @@ def _mask(name: str, rule: Rule, inputs: Inputs) -> Tensor:
     try:
         scores = unit_scores(raw_scores(weight, rule, context), block, norm_of(rule))
         absolute = ranks_absolute(rule, is_entry(block))
-        keep = keep_all_but_lowest(scores, absolute, layout, sparsity, prev, floor)
+        if isinstance(group, TransposableGroup):
+            keep = keep_largest_sum(scores, absolute, group, sparsity, prev, floor)
+        else:
+            keep = keep_all_but_lowest(scores, absolute, layout, sparsity, prev, floor)
     except NaNError:
         refuse_nan(weight, f"the weight {name!r}")
         refuse_nan(raw_scores(weight, rule, context), f"the score of {name!r}")
@@ -154,11 +178,11 @@ def _mask(name: str, rule: Rule, inputs: Inputs) -> Tensor:
     return spread(keep, block, weight.shape)
 
 
-def _refuse_strangers(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
-    for name in masks:
+def _refuse_strangers(what: str, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
+    for name in given:
         if name not in params:
             raise KeyError(
-                f"Expected masks of known parameters; got {name!r}.{near_misses(name, params)}"
+                f"Expected {what} of known parameters; got {name!r}.{near_misses(name, params)}"
             )
 
 
@@ -172,7 +196,7 @@ def apply_masks(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> di
     {'w': tensor([1., 0.]), 'b': tensor([1.])}
     """
     check_params(params)
-    _refuse_strangers(masks, params)
+    _refuse_strangers("masks", masks, params)
     return {
         name: _masked(name, weight, masks[name]) if name in masks else weight
         for name, weight in params.items()

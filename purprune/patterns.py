@@ -18,8 +18,9 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Discriminator, Field, Tag
 
 from purprune.errors import ConfigError
-from purprune.values import StrictInt, value
+from purprune.values import SparsityValue, StrictInt, exact, value
 
+Scale = Literal["l2", "mean", "max"]
 Size = Annotated[StrictInt, Field(ge=1)]
 
 
@@ -147,9 +148,41 @@ class GlobalGroup:
     """One group: all units of all tensors whose rules are equal, one score against another.
 
     How much of each tensor goes is decided by its values; the count of all of them is exact.
+
+    Args:
+        min_sparsity: of every tensor at least this goes; before the rule's own sparsity is as high,
+            all tensors have that one.
+        max_sparsity: of every tensor at most this goes.
+        normalize: scores of units are divided by what is usual in their tensor: ``"l2"`` by the
+            L2 norm of them all (Molchanov et al., 2017, arXiv:1611.06440), ``"mean"`` by the mean
+            and ``"max"`` by the largest of their absolute values. The order within a tensor stays.
+
+    >>> GlobalGroup(min_sparsity=0.1, max_sparsity=0.95).is_plain
+    False
     """
 
+    min_sparsity: SparsityValue = 0.0
+    max_sparsity: SparsityValue = 1.0
+    normalize: Scale | None = None
     kind: Literal["global"] = field(default="global", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check that there is something between the bounds."""
+        if exact(self.min_sparsity) > exact(self.max_sparsity):
+            raise ValueError(
+                f"expected min_sparsity <= max_sparsity; got {self.min_sparsity} and "
+                f"{self.max_sparsity}."
+            )
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether there is a tensor of which not everything may go."""
+        return exact(self.max_sparsity) < 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one threshold for the scores as they are decides alone."""
+        return not (self.is_capped or self.min_sparsity or self.normalize)
 
     def layout(self, shape: Sequence[int]) -> Layout:
         """Return how a unit grid of this shape divides into groups: it is a part of one."""
@@ -196,15 +229,54 @@ class EveryGroup:
         return Layout((*others, at), lead=len(others), size=self.m)
 
 
+@value
+class TransposableGroup:
+    """Every row and every column of every ``m`` x ``m`` block along ``dims`` is a group.
+
+    In each of them ``zeros`` of m entries go in the end, so that the tensor and its transpose are
+    N:M alike. A choice in one row changes what is left for the others: no longer the lowest go,
+    but those without which the sum of the kept scores is the largest
+    (:mod:`purprune.transposable`). ``m`` divides both dims; units are single entries.
+    """
+
+    zeros: Annotated[StrictInt, Field(ge=0)]
+    m: Annotated[StrictInt, Field(ge=1, le=16)]
+    dims: tuple[StrictInt, StrictInt] = (0, 1)
+    kind: Literal["transposable"] = field(default="transposable", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check that there are that many entries to prune."""
+        EveryGroup(self.zeros, self.m)
+
+    def axes(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return the dims of a block's rows and columns, counted from 0."""
+        down, across = (_dim(dim, shape) for dim in self.dims)
+        if down == across:
+            raise ConfigError(f"Expected two dims that differ; got dims={self.dims}.")
+        return down, across
+
+    def layout(self, shape: Sequence[int]) -> Layout:
+        """Return how a unit grid of this shape divides into the rows of blocks."""
+        down, across = self.axes(shape)
+        if shape[down] % self.m or shape[across] % self.m:
+            raise ConfigError(
+                f"Expected m={self.m} to divide dims {down} and {across} of a transposable "
+                f"pattern; got shape {tuple(shape)}. NM({self.zeros}, {self.m}) takes any; "
+                f"or leave it dense with None."
+            )
+        return EveryGroup(self.zeros, self.m, across).layout(shape)
+
+
 Group = Annotated[
     Annotated[TensorGroup, Tag("tensor")]
     | Annotated[GlobalGroup, Tag("global")]
     | Annotated[RowGroup, Tag("row")]
-    | Annotated[EveryGroup, Tag("every")],
+    | Annotated[EveryGroup, Tag("every")]
+    | Annotated[TransposableGroup, Tag("transposable")],
     Discriminator("kind"),
 ]
 Norm = Literal["l2", "l1", "sum"]
-Scope = Literal["tensor", "global"]
+Scope = Literal["tensor", "row", "global"] | GlobalGroup
 
 
 @value
@@ -219,23 +291,46 @@ class Pattern:
     group: Group = TensorGroup()
     norm: Norm = "l2"
 
+    def __post_init__(self) -> None:
+        """Check that the unit and the group go together."""
+        if isinstance(self.group, TransposableGroup) and not isinstance(self.unit, EntryUnit):
+            raise ValueError(
+                f"expected single entries as the units of a transposable group; got {self.unit}. "
+                f"NM(zeros, m, transposable=True) has them."
+            )
+
     @property
     def target(self) -> Fraction | None:
         """The sparsity that the pattern itself sets: zeros / m; None when it sets none."""
         group = self.group
-        return Fraction(group.zeros, group.m) if isinstance(group, EveryGroup) else None
+        if not isinstance(group, EveryGroup | TransposableGroup):
+            return None
+        return Fraction(group.zeros, group.m)
 
 
-def _scoped(scope: Scope) -> TensorGroup | GlobalGroup:
-    if scope not in ("tensor", "global"):
-        raise ConfigError(f"Expected scope='tensor' or scope='global'; got {scope!r}.")
-    return GlobalGroup() if scope == "global" else TensorGroup()
+_SCOPES: dict[str, TensorGroup | RowGroup | GlobalGroup] = {
+    "tensor": TensorGroup(),
+    "row": RowGroup(),
+    "global": GlobalGroup(),
+}
+
+
+def _scoped(scope: Scope) -> TensorGroup | RowGroup | GlobalGroup:
+    if isinstance(scope, GlobalGroup):
+        return scope
+    if scope not in _SCOPES:
+        raise ConfigError(
+            f"Expected scope='tensor', 'row', 'global' or a GlobalGroup; got {scope!r}."
+        )
+    return _SCOPES[scope]
 
 
 def Unstructured(*, scope: Scope = "tensor") -> Pattern:  # noqa: N802
     """Return the pattern in which each entry is a unit.
 
-    With ``scope="global"`` all tensors whose rules are equal share one count, here and below.
+    With ``scope="row"`` every row along dim 0 has the same count, here and below. With
+    ``scope="global"`` all tensors whose rules are equal share one;
+    ``scope=GlobalGroup(min_sparsity=0.2, max_sparsity=0.9)`` bounds what each of them loses.
 
     >>> Unstructured() == Pattern(), Unstructured(scope="global") == Pattern(group=GlobalGroup())
     (True, True)
@@ -277,15 +372,18 @@ def Block(  # noqa: N802
     return Pattern(unit=BlockUnit(extents), group=_scoped(scope), norm=norm)
 
 
-def NM(zeros: int, m: int, *, dim: int = 1) -> Pattern:  # noqa: N802
+def NM(zeros: int, m: int, *, dim: int = 1, transposable: bool = False) -> Pattern:  # noqa: N802
     """Return N:M sparsity: of every ``m`` neighbours along ``dim``, ``zeros`` go.
 
     The first number of "n:m" means zeros in some libraries and survivors in others, hence the
-    name. While a schedule grows, floor(m * sparsity) go.
+    name. While a schedule grows, floor(m * sparsity) go. With ``transposable=True`` it holds along
+    dim 0 too, for m up to 16 that divides both dims: see :class:`TransposableGroup`.
 
     >>> NM(zeros=2, m=4).target
     Fraction(1, 2)
     """
+    if transposable:
+        return Pattern(group=TransposableGroup(zeros, m, (0, dim)))
     return Pattern(group=EveryGroup(zeros, m, dim))
 
 

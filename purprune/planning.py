@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from purprune.config import PruneConfig, Rule, as_config
-from purprune.errors import ConfigError
 from purprune.masks import check_step
-from purprune.patterns import GlobalGroup
 from purprune.ranking import count
-from purprune.scoring import sparsity_at, unit_layout
+from purprune.scoring import unit_layout
 from purprune.selection import described, select
-from purprune.sharing import Shared, shared_groups
 from purprune.tables import skipped_text, text_table
+from purprune.totals import sharing, sparsities_at, total_at
 from purprune.units import grid_shape
 
 
@@ -49,7 +47,7 @@ class PlannedTensor:
     groups: tuple[PlannedGroups, ...]
     """Groups by size; a tail of N:M is an entry of its own. Empty where tensors share one."""
     shared: bool = False
-    """Whether the tensor shares one group with others: see :attr:`Plan.shared`."""
+    """Whether values divide one total among the tensor and others: see :attr:`Plan.shared`."""
 
     @property
     def entries(self) -> int:
@@ -64,7 +62,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedShare:
-    """Tensors that share one count: how many units they have, and how many of these go."""
+    """Tensors that share one total: how many units they have, and how many of these go."""
 
     names: tuple[str, ...]
     sparsity: Fraction
@@ -86,7 +84,7 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     skipped: Mapping[str, str]
     shared: tuple[PlannedShare, ...] = ()
-    """The groups of many tensors, whose rules are equal."""
+    """Totals of tensors whose rules are equal, divided by their values or by a budget."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, texts and numbers."""
@@ -156,39 +154,35 @@ def plan(
     shapes = described(params)
     step = None if step is None else check_step(step)
     rules, skipped = select(as_config(cfg), shapes)
-    tensors = tuple(_planned(name, shapes[name].shape, rule, step) for name, rule in rules.items())
-    shared = tuple(_planned_share(group, step) for group in shared_groups(rules, shapes))
-    return Plan(step, tensors, skipped, shared)
+    sparsities = sparsities_at(rules, shapes, step)
+    tensors = {
+        name: _planned(name, shapes[name].shape, rule, sparsities[name])
+        for name, rule in rules.items()
+    }
+    shared = tuple(
+        _planned_share([tensors[name] for name in names], total_at(names[0], rules[names[0]], step))
+        for names in sharing(rules)
+    )
+    return Plan(step, tuple(tensors.values()), skipped, shared)
 
 
-def _planned_share(group: Shared, step: int | None) -> PlannedShare:
-    names = tuple(group.members)
-    sparsity = _sparsity(names[0], group.rule, step)
-    return PlannedShare(names, sparsity, group.units, count(group.units, sparsity))
+def _planned_share(tensors: Sequence[PlannedTensor], sparsity: Fraction) -> PlannedShare:
+    units = sum(tensor.units for tensor in tensors)
+    names = tuple(tensor.name for tensor in tensors)
+    return PlannedShare(names, sparsity, units, count(units, sparsity))
 
 
-def _sparsity(name: str, rule: Rule, step: int | None) -> Fraction:
-    at = rule.last_step if step is None else step
-    if at is None:
-        raise ConfigError(
-            f"Expected a step for {name!r}, since its schedule is a callable, of which the end "
-            f"is not known; got None."
-        )
-    return sparsity_at(name, rule, at)
-
-
-def _planned(name: str, shape: torch.Size, rule: Rule, step: int | None) -> PlannedTensor:
-    sparsity = _sparsity(name, rule, step)
+def _planned(name: str, shape: torch.Size, rule: Rule, sparsity: Fraction) -> PlannedTensor:
     block, layout = unit_layout(name, rule, shape)
     grid = grid_shape(block, shape)
     columns = math.prod(grid[d] for d in layout.order[layout.lead :])
     rows = math.prod(grid[d] for d in layout.order[: layout.lead])
-    shared = isinstance(rule.pattern.group, GlobalGroup)
     groups = tuple(
         PlannedGroups(rows * (stop - start) // size, size, count(size, sparsity))
-        for start, stop, size in ([] if shared else layout.spans(columns))
+        for start, stop, size in ([] if rule.is_global else layout.spans(columns))
     )
     whole = math.prod(n // b for b, n in zip(block, shape, strict=True))
     units = math.prod(grid)
     ragged = units - whole
+    shared = rule.is_global
     return PlannedTensor(name, tuple(shape), sparsity, block, units, ragged, groups, shared)

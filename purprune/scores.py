@@ -9,44 +9,27 @@ of the weight, so nothing that it does to it is seen.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
 import torch
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    GetPydanticSchema,
+    StringConstraints,
+    Tag,
+)
 from torch import Tensor
 
-from purprune.schedules import AnyCallable
+from purprune.callables import AnyCallable
+from purprune.context import ScoreContext as ScoreContext
+from purprune.context import wide, wide_stat
+from purprune.errors import near_misses
+from purprune.layer_scores import LAMP, RIA, Wanda
 from purprune.values import StrictInt, value
-
-
-@dataclass(frozen=True)
-class ScoreContext:
-    """What a score may know beside the weight."""
-
-    name: str
-    """The parameter's dotted name."""
-    step: int
-    """The step for which masks are computed."""
-    gradient: Tensor | None = None
-    """The gradient given for this parameter, or None."""
-
-    @property
-    def grad(self) -> Tensor:
-        """The gradient; raises when none was given for this parameter."""
-        if self.gradient is None:
-            raise ValueError(
-                f"The score of {self.name!r} needs a gradient; got none. Pass "
-                f"grads={{name: gradient}} to compute_masks, or call Pruner.step() after "
-                f"loss.backward() and before zero_grad(); at step 0 there is none yet, so let the "
-                f"schedule begin later: ConstantSparsity(begin_step=1)."
-            )
-        return self.gradient
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """Return bfloat16, float16 and smaller floats in float32; others as they are."""
-    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
 @value
@@ -59,6 +42,8 @@ class Magnitude:
     tensor([3., 1.])
     """
 
+    needs: ClassVar[tuple[str, ...]] = ()
+    elementwise: ClassVar[bool] = True
     kind: Literal["magnitude"] = field(default="magnitude", repr=False, kw_only=True)
 
     def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
@@ -78,12 +63,86 @@ class Taylor:
     tensor([1.5000, 4.0000], dtype=torch.float64)
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("gradient",)
+    elementwise: ClassVar[bool] = True
     kind: Literal["taylor"] = field(default="taylor", repr=False, kw_only=True)
 
     def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
         """Return ``|weight * gradient|`` in float64, which holds it exactly (mps: float32)."""
-        wide = torch.float32 if weight.device.type == "mps" else torch.float64
-        return (weight.to(wide) * context.grad.to(wide)).abs()
+        return (wide(weight) * wide(context.grad)).abs()
+
+
+@value
+class Gradient:
+    """``score = |g|``: how fast the loss changes with the entry, whatever its weight.
+
+    Source: the criterion by which RigL grows entries, Evci et al., 2020 (arXiv:1911.11134).
+
+    >>> context = ScoreContext("w", step=0, gradient=torch.tensor([0.5, -4.0]))
+    >>> Gradient()(torch.tensor([-3.0, 1.0]), context)
+    tensor([0.5000, 4.0000], dtype=torch.float64)
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("gradient",)
+    elementwise: ClassVar[bool] = True
+    kind: Literal["gradient"] = field(default="gradient", repr=False, kw_only=True)
+
+    def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
+        """Return ``|gradient|`` in float64 (mps: float32)."""
+        return wide(context.grad).abs()
+
+
+@value
+class Fisher:
+    """``score = w**2 * E[g**2]``: the change of the loss by a diagonal Fisher information.
+
+    Needs the statistic ``squared_gradient``, the mean of squared gradients; the factor 1/2 of the
+    expansion is left out. Where it is the square of one gradient, the order is that of
+    :class:`Taylor`.
+
+    Source: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018
+    (arXiv:1801.05787); Molchanov et al., 2019 (arXiv:1906.10771).
+
+    >>> context = ScoreContext("w", step=0, stats={"squared_gradient": torch.tensor([0.5, 4.0])})
+    >>> Fisher()(torch.tensor([-3.0, 1.0]), context)
+    tensor([4.5000, 4.0000], dtype=torch.float64)
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("squared_gradient",)
+    elementwise: ClassVar[bool] = True
+    kind: Literal["fisher"] = field(default="fisher", repr=False, kw_only=True)
+
+    def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
+        """Return ``weight**2 * squared_gradient`` in float64 (mps: float32)."""
+        squares = wide_stat(weight, context, "squared_gradient", weight.shape)
+        return wide(weight).square() * squares
+
+
+@value
+class Given:
+    """The statistic itself is the score: what was computed from data or from the whole network.
+
+    ``"movement"`` is ``Given("movement")``, the sum of ``-w * g`` over training steps: entries that
+    move towards zero go first (Sanh et al., 2020, arXiv:2005.07683). ``"synflow"`` and ``"grasp"``
+    are the scores of :func:`purprune.synflow_scores` and :func:`purprune.grasp_scores`.
+
+    >>> context = ScoreContext("w", step=0, stats={"movement": torch.tensor([0.5, -4.0])})
+    >>> Given("movement")(torch.tensor([-3.0, 1.0]), context)
+    tensor([ 0.5000, -4.0000], dtype=torch.float64)
+    """
+
+    stat: Annotated[str, StringConstraints(strict=True, min_length=1)]
+    elementwise: ClassVar[bool] = True
+    kind: Literal["given"] = field(default="given", repr=False, kw_only=True)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistic."""
+        return (self.stat,)
+
+    def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
+        """Return the statistic, of the weight's shape, in float64 (mps: float32)."""
+        return wide(context.stat(self.stat, weight.shape).to(weight.device))
 
 
 @value
@@ -99,6 +158,8 @@ class Random:
     """
 
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
+    needs: ClassVar[tuple[str, ...]] = ()
+    elementwise: ClassVar[bool] = True
     kind: Literal["random"] = field(default="random", repr=False, kw_only=True)
 
     def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
@@ -125,30 +186,59 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)  # a logical shift: torch's is arithmetic
 
 
+OwnScore = Magnitude | Taylor | Random | Gradient | Fisher | Wanda | RIA | LAMP | Given
+"""The scores that are values, and so can stand in files."""
+
+_KINDS: dict[str, dict[str, Any]] = {
+    **{cls.kind: {"kind": cls.kind} for cls in get_args(OwnScore)},
+    "snip": {"kind": "taylor"},
+    **{stat: {"kind": "given", "stat": stat} for stat in ("movement", "synflow", "grasp")},
+}
+"""What the names of scores stand for."""
+
+
+def needs_of(score: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the statistics that a score reads, ``"gradient"`` among them."""
+    return tuple(getattr(score, "needs", ()))
+
+
 def _named(score: Any) -> Any:
-    return {"kind": score} if isinstance(score, str) else score
+    kind = score.get("kind") if isinstance(score, dict) else score
+    if not isinstance(kind, str):
+        return score
+    if kind not in _KINDS:
+        known = ", ".join(map(repr, _KINDS))
+        raise ValueError(f"expected one of {known}; got {kind!r}.{near_misses(kind, _KINDS)}")
+    return {**score, **_KINDS[kind]} if isinstance(score, dict) else _KINDS[kind]
 
 
 def _kind_of_score(score: Any) -> str | None:
     if isinstance(score, dict):
         return str(score.get("kind"))
-    if isinstance(score, Magnitude | Taylor | Random):
+    if isinstance(score, OwnScore):
         return score.kind
     # A class would be called as a score: its instance is meant.
     return "callable" if callable(score) and not isinstance(score, type) else None
 
 
-Score = Annotated[
-    Annotated[Magnitude, Tag("magnitude")]
-    | Annotated[Taylor, Tag("taylor")]
-    | Annotated[Random, Tag("random")]
-    | Annotated[AnyCallable, Tag("callable")],
+_Tagged: Any = Annotated[
+    Union[
+        (
+            *(Annotated[cls, Tag(cls.kind)] for cls in get_args(OwnScore)),
+            Annotated[AnyCallable, Tag("callable")],
+        )
+    ],
     Discriminator(
         _kind_of_score,
         custom_error_type="score",
-        custom_error_message="one of 'magnitude', 'taylor', 'random', a dict like "
+        custom_error_message="expected a score such as 'magnitude', a dict like "
         "{'kind': 'random', 'seed': 0}, or a callable score(weight, context)",
     ),
+]
+
+Score = Annotated[
+    OwnScore | Callable[..., Any],
+    GetPydanticSchema(lambda _, handler: handler.generate_schema(_Tagged)),
     BeforeValidator(_named, json_schema_input_type=str | dict[str, Any]),
 ]
 """What a rule accepts as its score."""

@@ -1,13 +1,12 @@
 """Scoring: what a rule says of one tensor, and what is refused on the way.
 
-From a weight and its rule to the scores of its units, the layout of its groups and the sparsity in
-force. Errors name the parameter.
+From a weight and its rule to the scores of its units and the layout of its groups. Errors name the
+parameter.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -15,10 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from purprune.config import Rule
+from purprune.context import ScoreContext, full_precision
 from purprune.errors import ConfigError
 from purprune.patterns import Layout, Norm
 from purprune.ranking import refuse_nan
-from purprune.scores import Magnitude, Random, ScoreContext, Taylor, full_precision
+from purprune.scores import Magnitude, OwnScore, needs_of
 from purprune.units import grid_shape, is_entry, spread
 
 
@@ -41,14 +41,6 @@ def ranks_absolute(rule: Rule, of_entries: bool) -> bool:
     if isinstance(rule.score, Magnitude):
         return True
     return not of_entries and rule.pattern.norm != "sum"
-
-
-def sparsity_at(name: str, rule: Rule, step: int) -> Fraction:
-    """Return the sparsity in force for a parameter; errors of its schedule name it."""
-    try:
-        return rule.sparsity_at(step)
-    except ConfigError as error:
-        raise ConfigError(f"{name!r}: {error}") from None
 
 
 def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ...], Layout]:
@@ -99,6 +91,8 @@ def readable(name: str, weight: Tensor) -> Tensor:
 def entry_scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
     """Return one score per entry; raise when the rule's score returns anything else."""
     gradient = context.gradient
+    if gradient is None and "gradient" in {*context.stats} & {*needs_of(rule.score)}:
+        gradient = context.stat("gradient", weight.shape)
     if gradient is not None:
         if gradient.shape != weight.shape:
             raise ConfigError(
@@ -106,7 +100,7 @@ def entry_scores(weight: Tensor, rule: Rule, context: ScoreContext) -> Tensor:
                 f"got {tuple(gradient.shape)}."
             )
         context = replace(context, gradient=full_precision(gradient.detach()))
-    own = isinstance(rule.score, Taylor | Random)
+    own = isinstance(rule.score, OwnScore)
     scores = rule.score(full_precision(weight) if own else full_precision(weight).clone(), context)
     if not isinstance(scores, Tensor) or scores.shape != weight.shape:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from purprune.balancing import balanced, limits_of, scaled
 from purprune.config import Rule
+from purprune.context import ScoreContext
 from purprune.counting import Group, Outcome, Part, count_down, keep
 from purprune.errors import ConfigError, NaNError
-from purprune.patterns import GlobalGroup
-from purprune.ranking import count, refuse_nan, widest
-from purprune.scores import Magnitude, Random, ScoreContext, Taylor
+from purprune.patterns import GlobalGroup, TensorGroup
+from purprune.ranking import count, keep_all_but_lowest, refuse_nan, widest
+from purprune.scores import Magnitude, OwnScore, Random
 from purprune.scoring import (
     kept_units,
     norm_of,
@@ -28,9 +30,9 @@ from purprune.scoring import (
     raw_scores,
     readable,
     refuse_parts,
-    sparsity_at,
     unit_layout,
 )
+from purprune.totals import sharing
 from purprune.units import exponent_of, grid_shape, is_entry, spread, unit_scores
 
 _CHEAP = 64
@@ -45,6 +47,7 @@ class Inputs(NamedTuple):
     prev: Mapping[str, Tensor]
     floor: Mapping[str, Tensor]
     grads: Mapping[str, Tensor | None]
+    stats: Mapping[str, Mapping[str, Tensor]]
 
     @property
     def given(self) -> dict[str, Mapping[str, Tensor]]:
@@ -59,7 +62,7 @@ class Inputs(NamedTuple):
 
     def context(self, name: str) -> ScoreContext:
         """Return what a parameter's score may know."""
-        return ScoreContext(name, self.step, self.grads.get(name))
+        return ScoreContext(name, self.step, self.grads.get(name), self.stats.get(name, {}))
 
 
 class Member(NamedTuple):
@@ -82,15 +85,18 @@ class Shared(NamedTuple):
 
     rule: Rule
     members: Mapping[str, Member]
+    sparsity: Fraction
+    """The sparsity in force, of units."""
 
     @property
     def units(self) -> int:
         """How many units all tensors have."""
         return sum(member.units for member in self.members.values())
 
-    def sparsity_at(self, step: int) -> Fraction:
-        """Return the sparsity in force, of units."""
-        return sparsity_at(next(iter(self.members)), self.rule, step)
+    @property
+    def pruned(self) -> int:
+        """How many of them go."""
+        return count(self.units, self.sparsity)
 
     @property
     def of_entries(self) -> bool:
@@ -103,20 +109,23 @@ class Shared(NamedTuple):
         return torch.float32 if any(m.mps for m in self.members.values()) else torch.float64
 
 
-def shared_groups(rules: Mapping[str, Rule], params: Mapping[str, Tensor]) -> list[Shared]:
+def shared_groups(
+    rules: Mapping[str, Rule], params: Mapping[str, Tensor], sparsities: Mapping[str, Fraction]
+) -> list[Shared]:
     """Return the groups that tensors share; no value is read.
 
     Raises:
         ConfigError: when a rule's pattern does not fit its tensor.
     """
-    groups: list[tuple[Rule, dict[str, Member]]] = []
-    for name, rule in rules.items():
-        if isinstance(rule.pattern.group, GlobalGroup):
-            same = next((members for known, members in groups if known == rule), None)
-            if same is None:
-                groups.append((rule, same := {}))
-            same[name] = _member(name, rule, params[name])
-    return [Shared(rule, members) for rule, members in groups]
+    return [
+        Shared(
+            rules[names[0]],
+            {name: _member(name, rules[name], params[name]) for name in names},
+            sparsities[names[0]],
+        )
+        for names in sharing(rules)
+        if rules[names[0]].is_global
+    ]
 
 
 def _member(name: str, rule: Rule, tensor: Tensor) -> Member:
@@ -131,17 +140,30 @@ def shared_masks(groups: list[Shared], inputs: Inputs) -> dict[str, Iterator[Ten
     Raises:
         NaNError: a weight or score holds NaN; names the parameter and the count.
     """
-    counted = [group_of(shared, inputs) for shared in groups]
-    try:
-        outcomes = count_down(counted)
-    except NaNError:
-        for shared in groups:
-            _refuse_nan(shared, inputs)
-        raise
     found: dict[str, Iterator[Tensor]] = {}
-    for shared, group, outcome in zip(groups, counted, outcomes, strict=True):
-        found.update(dict.fromkeys(shared.members, _masks(shared, group, outcome)))
+    for shared in groups:
+        try:
+            masks = _counted(shared, inputs)
+        except NaNError:
+            _refuse_nan(shared, inputs)
+            raise
+        found.update(dict.fromkeys(shared.members, masks))
     return found
+
+
+def _counted(shared: Shared, inputs: Inputs) -> Iterator[Tensor]:
+    group, how = group_of(shared, inputs), shared.rule.pattern.group
+    if not isinstance(how, GlobalGroup) or how.is_plain:
+        return _masks(shared, group, count_down([group])[0])
+    held = [0 if p.floor is None else int((~p.floor).sum()) for p in group.parts]
+    limits = limits_of(how, group.sizes, shared.sparsity, held)
+    if sum(low for low, _ in limits) >= group.k:  # nothing is counted then
+        _refuse_nan(shared, inputs)
+    trial = group
+    if how.normalize is not None:
+        squared = not shared.of_entries and norm_of(shared.rule) == "l2"
+        trial = scaled(group, how.normalize, squared, shared.wide)
+    return _ranked(shared, group, balanced(trial, limits))
 
 
 def _masks(shared: Shared, group: Group, outcome: Outcome) -> Iterator[Tensor]:
@@ -150,6 +172,15 @@ def _masks(shared: Shared, group: Group, outcome: Outcome) -> Iterator[Tensor]:
     for part, member in zip(group.parts, shared.members.values(), strict=True):
         stay, gone = keep(group, part, outcome, left)
         left -= gone
+        yield spread(stay, member.block, member.like.shape)
+
+
+def _ranked(shared: Shared, group: Group, numbers: Sequence[int]) -> Iterator[Tensor]:
+    """Yield one mask after the other, of which it is known how many units go."""
+    for part, member, n in zip(group.parts, shared.members.values(), numbers, strict=True):
+        layout, share = TensorGroup().layout(member.grid), Fraction(n, max(member.units, 1))
+        scores, absolute = part.scores(), group.absolute
+        stay = keep_all_but_lowest(scores, absolute, layout, share, part.prev, part.floor)
         yield spread(stay, member.block, member.like.shape)
 
 
@@ -168,9 +199,8 @@ def group_of(shared: Shared, inputs: Inputs, scale: int | None = None) -> Group:
         for i, (name, scores) in enumerate(scorers.items())
         for prev, floor in [_kept(name, shared, inputs)]
     ]
-    k = count(shared.units, shared.sparsity_at(inputs.step))
     sizes = tuple(member.units for member in shared.members.values())
-    return Group(parts, k, sizes, dtype, ranks_absolute(shared.rule, shared.of_entries))
+    return Group(parts, shared.pruned, sizes, dtype, ranks_absolute(shared.rule, shared.of_entries))
 
 
 def _kept(name: str, shared: Shared, inputs: Inputs) -> list[Tensor | None]:
@@ -185,10 +215,12 @@ def _kept(name: str, shared: Shared, inputs: Inputs) -> list[Tensor | None]:
 def _dtype(shared: Shared, inputs: Inputs) -> torch.dtype:
     """Return in what the scores of all members are ranked."""
     score = shared.rule.score
-    if not shared.of_entries or isinstance(score, Taylor):
+    if not shared.of_entries:
         return shared.wide
     if isinstance(score, Magnitude):
         return widest(member.like.dtype for member in shared.members.values())
+    if isinstance(score, OwnScore):  # nothing is read for it
+        return torch.int64 if isinstance(score, Random) else shared.wide
     is_float = _raw(shared, inputs, next(iter(shared.members))).is_floating_point()
     return shared.wide if is_float else torch.int64
 

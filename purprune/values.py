@@ -66,7 +66,7 @@ def _as_sparsity(s: Any) -> float | Fraction:
 
 
 def _as_plain(s: float | Fraction) -> float | str:
-    return str(s) if isinstance(s, Fraction) else s
+    return float(s) if not isinstance(s, Fraction) or s.denominator == 1 else str(s)
 
 
 _FRACTION = re.compile(r"[0-9]+/[1-9][0-9]*")
@@ -109,7 +109,8 @@ def value(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen dataclass whose fields are validated and whose errors are one line."""
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
     built = validated_dataclass(frozen=True, config=config)(cls)
-    fields = [f.name for f in dataclasses.fields(built)]
+    # In the order of arguments, so that an error of the second one names it.
+    fields = [f.name for f in sorted(dataclasses.fields(built), key=lambda f: f.kw_only is True)]
     KNOWN_KEYS.update(fields)
     init = built.__init__
 

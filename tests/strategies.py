@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from purprune import (
+    LAMP,
     NM,
+    RIA,
     Block,
     Channel,
+    Fisher,
+    Given,
+    Gradient,
     Kernel,
     Magnitude,
     Pattern,
@@ -20,6 +25,7 @@ from purprune import (
     ScoreContext,
     Taylor,
     Unstructured,
+    Wanda,
 )
 from purprune.patterns import ChannelUnit, EveryGroup, GlobalGroup, KernelUnit, RowGroup
 
@@ -133,8 +139,30 @@ SCORES = {
     "magnitude": Magnitude(),
     "taylor": Taylor(),
     "random": Random(seed=3),
+    "gradient": Gradient(),
+    "fisher": Fisher(),
+    "wanda": Wanda(),
+    "ria": RIA(),
+    "lamp": LAMP(),
+    "given": Given("movement"),
     "callable": squared,
 }
+
+
+def stats_for(weight: Tensor, seed: int = 1) -> dict[str, Tensor]:
+    """Make up every statistic that a score of ``SCORES`` needs, in quarters."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def quarters(low: int, shape: torch.Size) -> Tensor:
+        return torch.randint(low, 21, shape, generator=generator) / 4
+
+    return {
+        "input_norm": quarters(0, weight.shape[1:]),
+        "squared_gradient": quarters(0, weight.shape),
+        "movement": quarters(-20, weight.shape),
+    }
+
+
 PATTERNS = {
     "unstructured": Unstructured(),
     "rows": Pattern(group=RowGroup(0)),
@@ -154,6 +182,8 @@ PATTERNS = {
     "channel of dim 1, global": Channel(1, scope="global"),
     "kernel, sum, global": Kernel(norm="sum", scope="global"),
     "block (3, -1), global": Block((3, -1), norm="l1", scope="global"),
+    "kernel, balanced": Kernel(scope=GlobalGroup(min_sparsity=0.2, normalize="l2")),
+    "2:4, transposable": NM(zeros=2, m=4, transposable=True),
     "channels in rows": Pattern(unit=ChannelUnit(1), group=RowGroup(1)),
 }
 

@@ -234,3 +234,10 @@ def test_random_seeds_and_defaults():
     assert Rule() == Rule(None, ConstantSparsity(0), 0.0, Unstructured(), "magnitude")
     assert Rule().target == 0.5
     assert Rule(score="random").score == Random(0)
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_fraction_that_is_whole_goes_through_a_dict(whole):
+    """Defends computed targets: Fraction(1) was written as a text that nothing read."""
+    config = PruneConfig(Rule(Fraction(whole)))
+    assert PruneConfig.from_dict(config.as_dict()) == config

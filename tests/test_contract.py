@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 
 from oracles import prune_oracle
-from purprune import PolynomialDecay, PruneConfig, Rule, ScoreContext, apply_masks, compute_masks
+from purprune import (
+    ConfigError,
+    PolynomialDecay,
+    PruneConfig,
+    Rule,
+    ScoreContext,
+    apply_masks,
+    compute_masks,
+)
 from purprune import plan as make_plan
-from strategies import PATTERNS, SCORES, exact_sparsity, target_of
+from purprune.patterns import TensorGroup
+from strategies import PATTERNS, SCORES, exact_sparsity, stats_for, target_of
 
 
 @pytest.fixture(params=list(PATTERNS))
@@ -23,7 +33,8 @@ def score(request: pytest.FixtureRequest):
     return SCORES[request.param]
 
 
-def _case(shape=(10, 7, 3)):
+def _case(pattern):
+    shape = (12, 8, 3) if pattern.group.kind == "transposable" else (10, 7, 3)
     generator = torch.Generator().manual_seed(0)
     w = torch.randint(-20, 21, shape, generator=generator) / 4
     g = torch.randint(-20, 21, shape, generator=generator) / 4
@@ -32,15 +43,16 @@ def _case(shape=(10, 7, 3)):
 
 def _mask(params, grads, rule, step=0, prev=None):
     config = PruneConfig().set_module_name("w", rule)
-    return compute_masks(params, step, config, prev=prev, grads=grads)["w"]
+    stats = {"w": stats_for(params["w"])}
+    return compute_masks(params, step, config, prev=prev, grads=grads, stats=stats)["w"]
 
 
 @pytest.mark.parametrize("s", [0.0, 0.29, 0.5, 1.0])
 def test_the_mask_is_the_oracles(score, pattern, s):
     """Defends count, order and shape of every score with every pattern."""
-    params, grads = _case()
+    params, grads = _case(pattern)
     rule = Rule(target_of(pattern, s), score=score, pattern=pattern)
-    scores = score(params["w"], ScoreContext("w", 0, grads["w"]))
+    scores = score(params["w"], ScoreContext("w", 0, grads["w"], stats_for(params["w"])))
     expected = prune_oracle(scores, pattern, exact_sparsity(pattern, s))
     assert torch.equal(_mask(params, grads, rule), expected)
 
@@ -48,7 +60,7 @@ def test_the_mask_is_the_oracles(score, pattern, s):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_weights_are_scored_as_their_float32_upcast(score, pattern, dtype):
     """Defends law 7 for every score, a user's among them."""
-    params, grads = _case()
+    params, grads = _case(pattern)
     half = {"w": (params["w"] * 1e-4).to(dtype)}
     rule = Rule(target_of(pattern, 0.5), score=score, pattern=pattern)
     upcast = {"w": half["w"].float()}
@@ -57,13 +69,14 @@ def test_half_weights_are_scored_as_their_float32_upcast(score, pattern, dtype):
 
 def test_counts_are_the_planned_ones(score, pattern):
     """Defends the dry run: what plan() says is what compute_masks() does."""
-    params, grads = _case()
+    params, grads = _case(pattern)
     config = PruneConfig().set_module_name(
         "w", Rule(target_of(pattern, 0.4), score=score, pattern=pattern)
     )
     planned = make_plan(params, config)
     (row,) = planned.tensors
-    mask = compute_masks(params, 0, config, grads=grads)["w"]
+    stats = {"w": stats_for(params["w"])}
+    mask = compute_masks(params, 0, config, grads=grads, stats=stats)["w"]
     whole = torch.ones_like(params["w"]).masked_fill(~mask, 0)
     units = {
         tuple(i // b for i, b in zip(index, row.unit, strict=True))
@@ -78,7 +91,7 @@ def test_counts_are_the_planned_ones(score, pattern):
 
 def test_masks_along_a_schedule_nest_and_end_at_the_target(score, pattern):
     """Defends the fold of a training loop: nothing comes back, and the end is exact."""
-    params, grads = _case()
+    params, grads = _case(pattern)
     schedule = PolynomialDecay([0, 2, 4, 6])
     rule = Rule(target_of(pattern, 0.7), schedule, score=score, pattern=pattern)
     masks = None
@@ -95,7 +108,7 @@ def test_masks_along_a_schedule_nest_and_end_at_the_target(score, pattern):
 
 def test_the_same_call_gives_the_same_bits_and_changes_nothing(score, pattern):
     """Defends purity."""
-    params, grads = _case()
+    params, grads = _case(pattern)
     before = params["w"].clone(), grads["w"].clone()
     rule = Rule(target_of(pattern, 0.5), score=score, pattern=pattern)
     assert torch.equal(_mask(params, grads, rule), _mask(params, grads, rule))
@@ -112,6 +125,19 @@ def test_an_empty_tensor_has_an_empty_mask(score, pattern):
         Rule(target_of(pattern, 0.5), score=score, pattern=pattern),
     )
     assert mask.shape == (0, 4, 2)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "er", "erk"])
+def test_a_budget_gives_a_tensor_alone_its_whole_total(score, pattern, budget):
+    """Defends budgets with every score and unit: one tensor has what it has without."""
+    params, grads = _case(pattern)
+    own = Rule(target_of(pattern, 0.4), score=score, pattern=pattern)
+    if not isinstance(pattern.group, TensorGroup):
+        with pytest.raises(ConfigError, match="budget='own'"):
+            replace(own, budget=budget)
+        return
+    mask = _mask(params, grads, replace(own, budget=budget))
+    assert torch.equal(mask, _mask(params, grads, own))
 
 
 def test_fractions_of_a_pattern_are_exact():

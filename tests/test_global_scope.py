@@ -254,7 +254,12 @@ def test_dicts_and_yaml_know_the_global_group():
     """Defends the way through files, and the JSON schema."""
     rule = Rule(0.5, pattern=Unstructured(scope="global"))
     config = PruneConfig().set_global(rule)
-    assert config.as_dict()["global_config"]["pattern"]["group"] == {"kind": "global"}
+    assert config.as_dict()["global_config"]["pattern"]["group"] == {
+        "kind": "global",
+        "min_sparsity": 0.0,
+        "max_sparsity": 1.0,
+        "normalize": None,
+    }
     assert PruneConfig.from_dict(config.as_dict()) == config
     assert "GlobalGroup" in str(PruneConfig.json_schema())
     assert Pattern(group=GlobalGroup()) == rule.pattern
@@ -262,5 +267,5 @@ def test_dicts_and_yaml_know_the_global_group():
 
 def test_an_unknown_scope_is_refused():
     """Defends against scope="all", which would silently be local."""
-    with pytest.raises(ConfigError, match="scope='global'; got 'all'"):
+    with pytest.raises(ConfigError, match="'row', 'global' or a GlobalGroup; got 'all'"):
         Channel(scope="all")

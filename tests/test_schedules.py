@@ -11,8 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oracles import polynomial_oracle
-from purprune import ConfigError, ConstantSparsity, PolynomialDecay, Rule
+from oracles import cosine_oracle, exponential_oracle, polynomial_oracle
+from purprune import (
+    ConfigError,
+    ConstantSparsity,
+    CosineDecay,
+    ExponentialDecay,
+    PolynomialDecay,
+    PruneConfig,
+    Rule,
+)
 
 decimals = st.integers(0, 1000).map(lambda n: n / 1000)
 update_steps = st.sets(st.integers(0, 60), min_size=1, max_size=12).map(sorted)
@@ -38,10 +46,69 @@ def test_the_sparsity_never_falls_on_the_way_up(updates, power, target, steps):
     assert rule.sparsity_at(updates[-1]) == rule.sparsity_at(10**9) == Fraction(str(target))
 
 
-def test_a_single_update_goes_straight_to_the_target():
+ORACLES = {CosineDecay: cosine_oracle, ExponentialDecay: exponential_oracle}
+STEPWISE = [PolynomialDecay, *ORACLES]
+
+
+@pytest.mark.parametrize("ramp", ORACLES)
+@given(update_steps, decimals, decimals, st.integers(0, 70))
+def test_cosine_and_exponential_ramps_are_the_walk_of_a_training_loop(
+    ramp, updates, initial, target, step
+):
+    """Defends the formulas of both in closed form, up and down, from and to 0 and 1."""
+    rule = Rule(target, ramp(updates), initial)
+    expected = ORACLES[ramp](step, updates, initial, target)
+    assert float(rule.sparsity_at(step)) == pytest.approx(expected, abs=1e-12)
+    assert rule.changes_at(step) == (step in updates)
+
+
+@pytest.mark.parametrize("ramp", ORACLES)
+@given(update_steps, decimals, decimals, st.lists(st.integers(0, 70), min_size=2))
+def test_ramps_are_monotonic_and_their_ends_are_exact(ramp, updates, initial, target, steps):
+    """Defends nested masks (law 5) and the exact end (law 6), whichever way the ramp goes."""
+    rule = Rule(target, ramp(updates), initial)
+    values = [rule.sparsity_at(t) for t in sorted(steps)]
+    assert values == sorted(values, reverse=initial > target)
+    assert rule.sparsity_at(updates[-1]) == rule.sparsity_at(10**9) == Fraction(str(target))
+    if len(updates) > 1:
+        assert rule.sparsity_at(updates[0]) == Fraction(str(initial))
+
+
+def test_an_exponential_ramp_is_exact_where_its_densities_are_decimals():
+    """Defends counts against a density of 0.1 that rounding left a little above."""
+    rule = Rule(0.999, ExponentialDecay(range(4)))
+    found = [rule.sparsity_at(t) for t in range(4)]
+    assert found == [0, Fraction(9, 10), Fraction(99, 100), Fraction(999, 1000)]
+    rule = Rule(0.6, ExponentialDecay([0, 5, 9]), 0.1)
+    assert rule.sparsity_at(5) == Fraction(4, 10)  # the root of 0.9 * 0.4
+
+
+def test_a_cosine_ramp_is_symmetric_and_half_way_in_the_middle():
+    """Defends exact halves, and against a cosine of 90 degrees that is not 0."""
+    schedule = CosineDecay(range(7))
+    left = [schedule.remaining(t) for t in range(7)]
+    assert [a + b for a, b in zip(left, left[::-1], strict=True)] == [1] * 7
+    assert (left[2], left[3]) == (Fraction(3, 4), Fraction(1, 2))
+
+
+@pytest.mark.parametrize("ramp", STEPWISE)
+def test_a_single_update_goes_straight_to_the_target(ramp):
     """Defends against a division by L - 1 = 0."""
-    schedule = PolynomialDecay([5])
+    schedule = ramp([5])
     assert [schedule(t, 0.1, 0.8) for t in (0, 4, 5, 6)] == [0.1, 0.1, 0.8, 0.8]
+
+
+@pytest.mark.parametrize("ramp", STEPWISE)
+def test_ramps_are_read_from_files_by_their_kind(ramp):
+    """Defends the YAML form of each ramp, and a word that comes near its name."""
+    rule = Rule(0.5, ramp(begin_step=2, end_step=8, frequency=3))
+    config = PruneConfig(rule)
+    plain = config.as_dict()
+    assert plain["global_config"]["schedule"]["kind"] == rule.schedule.kind
+    assert PruneConfig.from_dict(plain) == config
+    plain["global_config"]["schedule"]["kind"] = f"{rule.schedule.kind}s"
+    with pytest.raises(ConfigError, match=f"Did you mean '{rule.schedule.kind}'"):
+        PruneConfig.from_dict(plain)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +156,10 @@ def test_the_text_of_a_range_is_parsed_and_never_evaluated():
         (lambda: PolynomialDecay([1], power=0), "power > 0; got 0"),
         (lambda: PolynomialDecay([1], power=float("nan")), "power > 0; got nan"),
         (lambda: PolynomialDecay([1], power="3"), "power"),
+        (lambda: PolynomialDecay([1], "3"), "PolynomialDecay.power"),
+        (lambda: CosineDecay([1], power=3), "unknown key 'power'. Known here: update_steps"),
+        (lambda: ExponentialDecay([3, 2]), "rising order"),
+        (lambda: CosineDecay(), "or all of begin_step, end_step and frequency"),
         (lambda: ConstantSparsity(-1), "greater than or equal to 0; got -1"),
         (lambda: ConstantSparsity(1.5), "begin_step: expected a valid integer; got 1.5"),
     ],

@@ -12,25 +12,35 @@ from torch import Tensor
 from purprune import PruneConfig, Rule, pack_masks, unpack_masks
 from purprune.given import refuse_unfit_masks, refuse_without_rule
 from purprune_adapters.distributed import is_sharded, local, placed, summed
+from purprune_adapters.memory import Memory
 
 FORMAT = 1
 PLAIN = ("format", "prepared", "step", "config", "packed", "floor_of")
-TENSORS = ("masks", "floor")
+TENSORS = ("masks", "floor", "memory")
 _NONE = object()
 
 
 class Held(NamedTuple):
-    """What a pruner holds: the step, the masks in force, and those that hold at every step."""
+    """What a pruner holds."""
 
     step: int
     masks: Mapping[str, Tensor]
+    """The masks in force."""
     floor: Mapping[str, Tensor]
+    """Those that hold at every step."""
+    memory: Mapping[str, Tensor]
+    """What is remembered beside: see :class:`purprune_adapters.memory.Memory`."""
 
     @classmethod
-    def nothing(cls, params: Mapping[str, Tensor], floor: Mapping[str, Tensor] | None) -> Held:
+    def nothing(
+        cls,
+        params: Mapping[str, Tensor],
+        floor: Mapping[str, Tensor] | None,
+        memory: Mapping[str, Tensor],
+    ) -> Held:
         """Return masks that keep everything; so does a floor of None, which is not known yet."""
         masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
-        return cls(0, masks, masks if floor is None else floor)
+        return cls(0, masks, masks if floor is None else floor, memory)
 
 
 def pack_state(held: Held, config: PruneConfig, *, prepared: bool, packed: bool) -> dict[str, Any]:
@@ -51,6 +61,7 @@ def pack_state(held: Held, config: PruneConfig, *, prepared: bool, packed: bool)
         "floor_of": json.dumps(sorted(held.floor)),
         "masks": store(held.masks),
         "floor": store(held.floor),
+        "memory": _copied(held.memory),
     }
 
 
@@ -59,6 +70,7 @@ def unpack_state(
     config: PruneConfig,
     params: Mapping[str, Tensor],
     rules: Mapping[str, Rule],
+    memory: Memory,
 ) -> Held | None:
     """Return what a state that fits holds, None of a pruner that was not prepared.
 
@@ -73,7 +85,8 @@ def unpack_state(
         if type(state[key]) is not bool:
             raise ValueError(f"Expected a bool as {key!r} of the pruner state; got {state[key]!r}.")
     _refuse_another_config(_loaded(state, "config"), config)
-    masks, floor = (_masks(state, part) for part in TENSORS)
+    masks, floor = (_masks(state, part) for part in ("masks", "floor"))
+    remembered = _remembered(state["memory"], memory, params)
     held_names = _loaded(state, "floor_of")
     if held_names != sorted(floor):
         raise ValueError(
@@ -86,9 +99,9 @@ def unpack_state(
         return None
     refuse_without_rule(floor, rules)
     refuse_unfit_masks(
-        _local(masks), step, rules, _local(floor), lambda counts: summed(counts, masks)
+        _local(masks), step, rules, _local(floor), lambda counts: summed(counts, masks), masks
     )
-    return Held(step, masks, floor)
+    return Held(step, masks, floor, remembered)
 
 
 def _local(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,6 +172,25 @@ def _fitting(
                 f"has {tuple(mask.shape)}."
             )
     return {name: placed(name, masks[name], params[name]) for name in names}
+
+
+def _remembered(given: Any, memory: Memory, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of what was remembered where their parameters are."""
+    keys = {key: name for key, name, _ in memory.items()}
+    if not isinstance(given, Mapping) or set(given) != set(keys):
+        got = _few(sorted(map(str, given))) if isinstance(given, Mapping) else type(given).__name__
+        raise ValueError(
+            f"Expected {_few(sorted(keys))} as the memory of the pruner state; got {got}."
+        )
+    for key, name in keys.items():
+        tensor = given[key]
+        shape, fits = params[name].shape, isinstance(tensor, Tensor)
+        if not fits or tensor.shape != shape or not tensor.is_floating_point() or tensor.is_meta:
+            raise ValueError(
+                f"Expected floats of shape {tuple(shape)} as {key!r} in the memory of the pruner "
+                f"state; it is damaged, or of another model."
+            )
+    return {key: placed(name, given[key], params[name]) for key, name in keys.items()}
 
 
 def _few(names: Collection[str]) -> str:

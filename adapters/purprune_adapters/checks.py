@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from purprune import Rule, SelectionError
 from purprune.ranking import nan_error
+from purprune.totals import sparsities_at
 from purprune_adapters.activity import untrained
 from purprune_adapters.distributed import counted, fsdp_modules
 from purprune_adapters.hooks import MaskHook
@@ -24,6 +25,22 @@ def refuse_options_without(optimizer: torch.optim.Optimizer | None, **options: b
             raise ValueError(
                 f"Expected optimizer=... with {name}=True; got None. Pass the optimizer that "
                 f"trains the model."
+            )
+
+
+def refuse_regrow_without(
+    optimizer: torch.optim.Optimizer | None, rules: Mapping[str, Rule], remembers: bool
+) -> None:
+    """Raise when rules need to follow an optimizer, and there is none."""
+    if optimizer is not None:
+        return
+    for name, rule in rules.items():
+        if rule.regrow is not None or remembers:
+            why = "a score that sums over the steps" if rule.regrow is None else "regrow"
+            raise ValueError(
+                f"Expected optimizer=... with {why} in the rule of {name!r}; got None. Pass the "
+                f"optimizer that trains the model: Pruner(model, config, optimizer=optimizer), "
+                f"and prepare(inplace=True)."
             )
 
 
@@ -129,14 +146,18 @@ def refuse_finalized(call: str, phase: str) -> None:
         )
 
 
-def warn_unless_over(rules: Mapping[str, Rule], step: int, trained: bool) -> None:
+def warn_unless_over(
+    rules: Mapping[str, Rule], params: Mapping[str, Tensor], step: int, trained: bool
+) -> None:
     """Warn the caller of finalize() when nothing trained, or the schedules are not over."""
     if step > 1 and not trained:  # one step alone prunes once, without training
         warnings.warn(untrained(step), stacklevel=3)
+    ended = {name: rule for name, rule in rules.items() if rule.last_step is not None}
+    now, ends = sparsities_at(ended, params, step), sparsities_at(ended, params, None)
     early = [
-        f"{name} at {float(rule.sparsity_at(step)):.4g} of {float(rule.target):.4g}"
-        for name, rule in rules.items()
-        if rule.last_step is not None and rule.sparsity_at(step) != rule.target
+        f"{name} at {float(now[name]):.4g} of {float(end):.4g}"
+        for name, end in ends.items()
+        if now[name] != end
     ]
     if early:
         last = max(rule.last_step or 0 for rule in rules.values())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import purprune
-from purprune import PruneConfig
+from purprune.updating import Compute
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -47,21 +47,13 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def masks_at(
-    params: Mapping[str, Tensor],
-    step: int,
-    cfg: PruneConfig,
-    *,
-    prev: Mapping[str, Tensor],
-    floor: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor | None],
-) -> dict[str, Tensor]:
-    """Return ``compute_masks`` of the whole weights, in shards where the weights are."""
+def computing(params: Mapping[str, Tensor]) -> Compute:
+    """Return ``compute_masks``, or what computes the same masks from the shards of weights."""
     if not any(map(is_sharded, params.values())):
-        return purprune.compute_masks(params, step, cfg, prev=prev, floor=floor, grads=grads)
+        return purprune.compute_masks
     from purprune_adapters.sharded import sharded_masks
 
-    return sharded_masks(params, step, cfg, prev=prev, floor=floor, grads=grads)
+    return sharded_masks
 
 
 def counted(tensors: Mapping[str, Tensor], count: Callable[[str, Tensor], int]) -> dict[str, int]:

@@ -2,8 +2,9 @@
 
 The flat form, for other readers: ``masks.<parameter>.bits`` (uint8, entry i in C order is bit
 ``i % 8`` of byte ``i // 8``, 1 = keep) and ``masks.<parameter>.shape`` (int64), and the same with
-``floor.`` for masks that were given. The metadata has one key, ``purprune``: a JSON object of the
-plain values of :meth:`Pruner.state_dict`, ``step`` and ``config`` among them.
+``floor.`` for masks that were given; dense weights and sums over the steps, where a rule asks for
+them, are ``memory.<what>.<parameter>`` in floats. The metadata has one key, ``purprune``: a JSON
+object of the plain values of :meth:`Pruner.state_dict`, ``step`` and ``config`` among them.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def _state(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: str
     strangers = [key for key in tensors if key.partition(".")[0] not in TENSORS]
     if not isinstance(plain, dict) or strangers:
         raise ValueError(
-            f"Expected a file of save_pruner in '{path}': tensors 'masks.*' and 'floor.*', and "
-            f"metadata with JSON at {_KEY!r}; got another one, or a damaged one."
+            f"Expected a file of save_pruner in '{path}': tensors 'masks.*', 'floor.*', "
+            f"'memory.*', and metadata with JSON at {_KEY!r}; got another one, or a damaged one."
         )
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in TENSORS}
     for key, tensor in tensors.items():

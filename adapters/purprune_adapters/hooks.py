@@ -42,6 +42,8 @@ class MaskStore:
         self.token = token
         self.mask_gradients = mask_gradients
         self.masks: dict[str, Tensor] = {}
+        self.whole_gradients: frozenset[str] = frozenset()
+        """Parameters whose gradients are not masked, since pruned entries compete by them."""
         self._hooked: dict[str, tuple[weakref.ref[Tensor], Any]] = {}
         self._clean: dict[str, Seen] = {}
         self._clean_gradients: dict[str, Seen] = {}
@@ -80,7 +82,7 @@ class MaskStore:
 
     def mask_gradient_(self, name: str, param: Tensor) -> None:
         """Write zeros into the gradient, and remember it; sparse gradients are left alone."""
-        grad = param.grad
+        grad = None if name in self.whole_gradients else param.grad
         if grad is not None and self.is_for(name, grad) and grad.layout is torch.strided:
             write_zeros_(grad, self.mask_for(name, grad))
             self._clean_gradients[name] = Seen.of(grad)

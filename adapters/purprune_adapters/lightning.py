@@ -100,6 +100,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # the base is not follow
                 f"prune a model that was trained without pruning, load its weights and fit without "
                 f"ckpt_path."
             )
+        self._training.follow(next(iter(trainer.optimizers), None))
         self._begin(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -20,7 +20,7 @@ weights that this one holds too. So the proof is relied on only where that was a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -85,16 +85,20 @@ class ZeroKeeper:
         """Wait for the next step of the optimizer."""
         self.has_stepped = False
 
-    def masks_changed(self, names: Mapping[str, Any]) -> None:
+    def masks_changed(self, names: Iterable[str]) -> None:
         """Forget what was known of the state; zero it where pruned, if that was asked for."""
         for name in names:
             self._state_seen.pop(name, None)
             self._state_moves.discard(name)
         if self._mask_state:
-            params = self._params()
-            for name in names:
-                for tensor in self._moments(params[name]):
-                    write_zeros_(tensor, self._store.mask_for(name, tensor))
+            self.zero_state(names)
+
+    def zero_state(self, names: Iterable[str]) -> None:
+        """Zero the state of what the masks in force prune."""
+        params = self._params()
+        for name in names:
+            for tensor in self._moments(params[name]):
+                write_zeros_(tensor, self._store.mask_for(name, tensor))
 
     def remove(self) -> None:
         """Remove the hooks from the optimizer."""

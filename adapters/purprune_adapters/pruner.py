@@ -16,6 +16,8 @@ from torch._compile import _disable_dynamo  # as torch.optim does: it imports th
 import purprune
 from purprune import Plan, PruneConfig, Rule
 from purprune.config import as_config
+from purprune.totals import sparsities_at
+from purprune.updating import comes_back, needs_whole_gradient
 from purprune_adapters.activity import Activity
 from purprune_adapters.checkpoint import Held, pack_state, unpack_state
 from purprune_adapters.checks import (
@@ -24,6 +26,7 @@ from purprune_adapters.checks import (
     refuse_finalized,
     refuse_nan,
     refuse_options_without,
+    refuse_regrow_without,
     refuse_two_pruners,
     refuse_unfit_parameters,
     require_prepared,
@@ -37,6 +40,7 @@ from purprune_adapters.hooks import (
     remove_forward_hooks,
     write_zeros_,
 )
+from purprune_adapters.memory import Memory, MemoryHooks
 from purprune_adapters.optimizers import ZeroKeeper
 from purprune_adapters.report import Report, report_of
 from purprune_adapters.resolve import resolve_rules
@@ -52,9 +56,10 @@ class Pruner:
     :meth:`step` and in every forward pass, and their gradients are zero.
 
     n calls of :meth:`step` leave the weights and masks of the pure fold: for each step t,
-    ``masks = compute_masks(params, t, cfg, prev=masks); params = apply_masks(params, masks)``.
-    With ``masks`` given, each step of the fold is ``compute_masks(..., prev=masks, floor=given)``,
-    from step 0 on: what they prune stays pruned, also where the schedule asks for less.
+    ``masks = update_masks(params, masks, t, cfg); params = apply_masks(params, masks)``, which is
+    ``compute_masks(params, t, cfg, prev=masks)`` for rules that let nothing come back.
+    With ``masks`` given, each step of the fold has ``floor=given``, from step 0 on: what they prune
+    stays pruned, also where the schedule asks for less.
 
     Args:
         model: the model to prune. Of DistributedDataParallel and ``torch.compile`` it is the model
@@ -74,6 +79,12 @@ class Pruner:
             before. In every group the larger of the schedule's count and theirs is pruned.
         keep_zeros: True takes as ``masks`` the zeros that the pruned parameters have at
             :meth:`prepare`.
+        stats: statistics by parameter for scores that need them, as ``compute_masks`` takes them.
+            Those that grow with the steps (``"movement"``) are summed here unless they are given.
+
+    Rules with ``regrow`` or with a score that sums over the steps need ``optimizer``. Where units
+    are exchanged by their gradients, these are not masked in the step before an update, and where
+    entries come back, their optimizer state starts at zero.
 
     Raises:
         SelectionError: a selector matches nothing, a parameter can't be pruned, or a mask is
@@ -106,6 +117,7 @@ class Pruner:
         trust_optimizer: bool = False,
         masks: Mapping[str, Tensor] | None = None,
         keep_zeros: bool = False,
+        stats: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         """Resolve the config on the model; nothing is changed yet."""
         self._config = as_config(config)
@@ -121,12 +133,17 @@ class Pruner:
         if masks is not None and keep_zeros:
             raise ValueError("Expected masks or keep_zeros=True; got both. Give the masks alone.")
         refuse_unfit_parameters(self._params(), optimizer)
+        self._stats = dict(stats or {})
+        self._memory = Memory(selection.rules, self._stats)
+        refuse_regrow_without(optimizer, selection.rules, bool(self._memory))
         self._step = 0
         self._phase = "new"  # then "prepared", then "finalized"
         self._trained = False
+        self._regrowing = {name: r for name, r in self._rules.items() if r.regrow is not None}
         self._activity = Activity()
         self._store = MaskStore(uuid.uuid4().hex, mask_gradients)
         self._keeper: ZeroKeeper | None = None
+        self._memory_hooks: MemoryHooks | None = None
         self._loaded: Held | None = None
         self.plan(step=0)  # a pattern that does not fit is found before training
         self._keep_zeros = keep_zeros
@@ -170,7 +187,8 @@ class Pruner:
 
     def sparsity_at(self, step: int) -> dict[str, float]:
         """Return the sparsity of units that is in force at ``step``, by parameter name."""
-        return {name: float(rule.sparsity_at(step)) for name, rule in self._rules.items()}
+        found = sparsities_at(self._rules, self._params(), step)
+        return {name: float(sparsity) for name, sparsity in found.items()}
 
     def prepare(self, inplace: bool = False) -> nn.Module:
         """Apply the masks of step 0, install the hooks, and return the model to train.
@@ -201,12 +219,10 @@ class Pruner:
         if not inplace:
             self._given = copy.deepcopy(self.model)
             self._targets = Targets(self._given, self._rules)
-        self._keeper = self._new_keeper()
         self._take(held)
         self._activity.start(self._params())
         add_forward_hooks(self.model, self._store, self._rules)
-        if self._keeper is not None:
-            self._keeper.attach()
+        self._attach()
         self._phase, self._loaded = "prepared", None
         return self._given
 
@@ -227,8 +243,9 @@ class Pruner:
         step = self._step + 1
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:
-            self._renew(self._targets.masks_at(step, due, self._store.masks, self._floor))
+            self._move_on(params, step, due)
         self._step = step
+        self._leave_gradients()
         # An attached optimizer left everything masked; what nobody wrote to since is not read.
         self._apply(params, self._keeper is not None and self._keeper.has_stepped)
         if self._keeper is not None:
@@ -257,7 +274,7 @@ class Pruner:
         refuse_another_model(chosen, params, self._store.masks)
         refuse_nan({name: params[name] for name in self._rules})
         trained = self._trained or self._activity.trained(self._params(), self._store.masks)
-        warn_unless_over(self._rules, self._step, trained)
+        warn_unless_over(self._rules, params, self._step, trained)
         final = chosen if inplace else copy.deepcopy(chosen)
         params = dict(final.named_parameters())
         for name in self._rules:
@@ -300,7 +317,7 @@ class Pruner:
                 says what differs, and nothing is changed.
         """
         refuse_finalized("load_state_dict", self._phase)
-        held = unpack_state(state, self._config, self._params(), self._rules)
+        held = unpack_state(state, self._config, self._params(), self._rules, self._memory)
         if self._phase == "new":
             self._loaded = held
         elif held is None:
@@ -311,14 +328,13 @@ class Pruner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the hooks of the optimizer: it is copied and pickled without them."""
-        return {**self.__dict__, "_keeper": None}
+        return {**self.__dict__, "_keeper": None, "_memory_hooks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Attach a copy to the copy of its optimizer."""
         self.__dict__.update(state)
-        if self._phase == "prepared" and (keeper := self._new_keeper()):
-            self._keeper = keeper
-            keeper.attach()
+        if self._phase == "prepared":
+            self._attach()
 
     def __repr__(self) -> str:
         """Return a short description."""
@@ -333,29 +349,59 @@ class Pruner:
 
     def _start(self) -> Held:
         """Return what holds at step 0."""
-        floor = self._floor
+        params, floor = self._params(), self._floor
         if self._keep_zeros:
-            floor = floor_of_zeros(self._params(), self._rules)
-        return Held(0, self._targets.masks_at(0, self._rules, {}, floor), floor)
+            floor = floor_of_zeros(params, self._rules)
+        held = Held(0, {}, floor, self._memory.at_start(params))
+        masks = self._targets.updated(0, self._rules, held, self._memory, self._stats)
+        return held._replace(masks=masks)
 
     def _held(self) -> Held:
         """Return what holds now."""
         if self._phase == "prepared":
-            return Held(self._step, self._store.masks, self._floor)
-        return self._loaded or Held.nothing(
-            self._params(), None if self._keep_zeros else self._floor
-        )
+            return Held(self._step, self._store.masks, self._floor, self._memory.tensors)
+        params = self._params()
+        floor = None if self._keep_zeros else self._floor
+        return self._loaded or Held.nothing(params, floor, self._memory.at_start(params))
 
     def _take(self, held: Held) -> None:
         self._step, self._floor = held.step, dict(held.floor)
+        self._memory.tensors = dict(held.memory)
+        self._memory.show(self._params())
         self._renew(held.masks)
+        self._leave_gradients()
         self._apply(self._params())
 
-    def _new_keeper(self) -> ZeroKeeper | None:
+    def _move_on(self, params: Mapping[str, Tensor], step: int, due: Mapping[str, Rule]) -> None:
+        """Take the masks of a step; entries that come back do so as zero, without a state."""
+        back = [name for name, rule in due.items() if comes_back(rule, step)]
+        self._memory.refresh(params, self._store)
+        masks = self._targets.updated(step, due, self._held(), self._memory, self._stats)
+        for name in back:  # by the old masks: momentum, or a whole gradient, moved them
+            self._store.apply_if_changed_(name, params[name])
+        if self._keeper is not None:
+            self._keeper.zero_state(back)
+        self._memory.show({name: params[name] for name in due})
+        self._renew(masks)
+
+    def _leave_gradients(self) -> None:
+        """Say which gradients are needed whole when the next step is counted."""
+        step = self._step + 1
+        self._store.whole_gradients = frozenset(
+            name for name, rule in self._regrowing.items() if needs_whole_gradient(rule, step)
+        )
+
+    def _attach(self) -> None:
+        """Follow the optimizer. What is remembered goes first: the keeper writes zeros."""
         if self._optimizer is None:
-            return None
-        look_up, masks, trust = self._targets.params, self._mask_state, self._trust
-        return ZeroKeeper(self._optimizer, self._store, look_up, mask_state=masks, trust=trust)
+            return
+        look_up, store = self._targets.params, self._store
+        if self._memory:
+            self._memory_hooks = MemoryHooks(self._optimizer, self._memory, store, look_up)
+        self._keeper = ZeroKeeper(
+            self._optimizer, store, look_up, mask_state=self._mask_state, trust=self._trust
+        )
+        self._keeper.attach()
 
     def _apply(self, params: Mapping[str, Tensor], only_changed: bool = False) -> None:
         apply = self._store.apply_if_changed_ if only_changed else self._store.apply_
@@ -369,5 +415,6 @@ class Pruner:
 
     def _remove_handles(self) -> None:
         self._store.release()
-        if self._keeper is not None:
-            self._keeper.remove()
+        for hooks in (self._memory_hooks, self._keeper):
+            if hooks is not None:
+                hooks.remove()

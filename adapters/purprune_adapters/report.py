@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purprune import Count, GlobalGroup
+from purprune import Count
 from purprune.tables import skipped_text, text_table
+from purprune.totals import sparsities_at
 from purprune_adapters.distributed import counted
 from purprune_adapters.extras import data_frame
 from purprune_adapters.targets import Targets
@@ -171,15 +172,18 @@ def report_of(
     """Count the zeros in the weights and what the masks prune; a collective call for shards."""
     params = targets.params()
     zeros, pruned = _zeros(params), _zeros(masks)
+    sparsities = sparsities_at(targets.rules, params, step)
+    ended = {name: rule for name, rule in targets.rules.items() if rule.last_step is not None}
+    ends = sparsities_at(ended, params, None)
     rows = [
         ReportRow(
             name,
             tuple(params[name].shape),
             Count(zeros[name], params[name].numel()),
             Count(pruned.get(name, 0), params[name].numel()),
-            float(rule.sparsity_at(step)),
-            None if rule.last_step is None else float(rule.target),
-            isinstance(rule.pattern.group, GlobalGroup),
+            float(sparsities[name]),
+            float(ends[name]) if name in ends else None,
+            rule.is_global,
         )
         for name, rule in targets.rules.items()
     ]

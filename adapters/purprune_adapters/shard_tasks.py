@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from purprune import ConfigError, Magnitude, Random, Rule, Taylor
-from purprune.patterns import GlobalGroup, Layout
-from purprune.scores import ScoreContext
-from purprune.scoring import check_mask, sparsity_at, unit_layout
+from purprune import ConfigError, Magnitude, Rule
+from purprune.context import ScoreContext
+from purprune.patterns import GlobalGroup, Layout, TransposableGroup
+from purprune.scores import needs_of
+from purprune.scoring import check_mask, unit_layout
 from purprune.sharing import Inputs
 from purprune.units import grid_shape, is_entry
 from purprune_adapters.distributed import local
@@ -61,7 +62,7 @@ class Task(NamedTuple):
     @property
     def is_global(self) -> bool:
         """Whether tensors share a count."""
-        return isinstance(self.rule.pattern.group, GlobalGroup)
+        return self.rule.is_global
 
     @property
     def is_counted(self) -> bool:
@@ -99,11 +100,13 @@ class Task(NamedTuple):
         return mask if self.shards is None else self.shards.share(mask, self.weight)
 
 
-def task_of(name: str, rule: Rule, inputs: Inputs) -> Task:
+def task_of(name: str, rule: Rule, sparsity: Fraction, inputs: Inputs) -> Task:
     """Check everything that all processes see alike, so that all of them raise or none."""
     weight, grad = inputs.params[name], inputs.grads.get(name)
     prev, floor = inputs.prev.get(name), inputs.floor.get(name)
+    _refuse_statistics(name, rule)
     block, layout = unit_layout(name, rule, weight.shape)
+    _refuse_balanced(name, rule)
     shards = shards_of(name, weight) if isinstance(weight, DTensor) else None
     _refuse_other_shards(f"the gradient of {name!r}", grad, shards)
     for what, mask in (("prev", prev), ("floor", floor)):
@@ -117,12 +120,33 @@ def task_of(name: str, rule: Rule, inputs: Inputs) -> Task:
         weight,
         rule,
         block,
-        sparsity_at(name, rule, inputs.step),
+        sparsity,
         None if prev is None else local(prev),
         None if floor is None else local(floor),
         shards,
-        shards is not None and _crosses(name, block, layout, shards.axes),
+        shards is not None
+        and any(
+            _crosses(name, block, groups, shards.axes)
+            for groups in (layout, *_turned(rule, weight))
+        ),
     )
+
+
+def _refuse_balanced(name: str, rule: Rule) -> None:
+    group = rule.pattern.group
+    if isinstance(group, GlobalGroup) and not group.is_plain:
+        raise ConfigError(
+            f"Expected scope='global' for {name!r} where weights are in shards; got {group!r}. "
+            f"Leave bounds and normalize out, or give the tensors a budget."
+        )
+
+
+def _turned(rule: Rule, weight: Tensor) -> list[Layout]:
+    """Return how the columns of transposable blocks are groups; their rows are the layout."""
+    group = rule.pattern.group
+    if not isinstance(group, TransposableGroup):
+        return []
+    return [replace(group, dims=group.dims[::-1]).layout(weight.shape)]
 
 
 def _refuse_other_shards(what: str, given: Tensor | None, shards: Shards | None) -> None:
@@ -137,10 +161,19 @@ def _refuse_other_shards(what: str, given: Tensor | None, shards: Shards | None)
         )
 
 
+def _refuse_statistics(name: str, rule: Rule) -> None:
+    """Refuse what nobody could pass: masks of shards take gradients, and no other statistic."""
+    if missing := [need for need in needs_of(rule.score) if need != "gradient"]:
+        raise ConfigError(
+            f"Expected a score without statistics for the shards of {name!r}; got {rule.score!r}, "
+            f"which needs {', '.join(missing)}. Compute the masks of whole weights with "
+            f"purprune.compute_masks, and give them to the Pruner: masks=..."
+        )
+
+
 def _refuse_wide_score(name: str, rule: Rule) -> None:
     score = rule.score
-    own = isinstance(score, Magnitude | Taylor | Random)
-    if not own and not getattr(score, "elementwise", False):
+    if not getattr(score, "elementwise", False):
         raise ConfigError(
             f"Expected a score for the shards of {name!r} that looks at one entry at a time; got "
             f"{score!r}. If it does, say so with an attribute: score.elementwise = True."

@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purprune import ConfigError, Magnitude, PruneConfig, Random, Rule, compute_masks
+from purprune import ConfigError, Magnitude, PruneConfig, Random, Rule
+from purprune.allocations import OwnTarget
 from purprune.config import as_config
+from purprune.context import ScoreContext
 from purprune.counting import Group, alone, count_down, keep
-from purprune.masks import check_step
+from purprune.masks import check_step, mask_of
 from purprune.patterns import GlobalGroup
 from purprune.ranking import count, nan_error, refuse_extremes
-from purprune.scores import ScoreContext
 from purprune.scoring import entry_scores, kept_units, readable
 from purprune.selection import check_params, select
 from purprune.sharing import Inputs, group_of, shared_groups
 from purprune.ties import share_ties
+from purprune.totals import sharing, sparsities_at
 from purprune.units import spread
 from purprune_adapters.shard_tasks import GivenScore, Task, refuse_scaled_norm, task_of
 from purprune_adapters.shards import Processes, totals
@@ -70,15 +72,16 @@ def sharded_masks(
     check_params(params)
     step = check_step(step)
     rules = select(as_config(cfg), params).rules
-    inputs = Inputs(params, step, dict(prev or {}), dict(floor or {}), dict(grads or {}))
-    tasks = [task_of(name, rule, inputs) for name, rule in rules.items()]
+    inputs = Inputs(params, step, dict(prev or {}), dict(floor or {}), dict(grads or {}), {})
+    sparsities = sparsities_at(rules, params, step)
+    tasks = [task_of(name, rule, sparsities[name], inputs) for name, rule in rules.items()]
     single = [task for task in tasks if not task.is_counted]
     counts = _counts([task for task in tasks if task.is_counted])
-    for sharing in counts:
-        _processes(sharing)  # raises before anything is sent
+    for counted in counts:
+        _processes(counted)  # raises before anything is sent
     scores = _ready(tasks, params)
-    for sharing in [*counts, *([task] for task in single)]:
-        refuse_scaled_norm(sharing, scores)
+    for together in [*counts, *([task] for task in single)]:
+        refuse_scaled_norm(together, scores)
     given = _given(scores)
     masks = {task.name: _alone(task, given) for task in single} | _together(counts, given)
     return {task.name: task.shared(masks[task.name]) for task in tasks}
@@ -147,25 +150,26 @@ def _given(scores: Mapping[str, Tensor]) -> GivenScore:
 
 def _alone(task: Task, given: GivenScore) -> Tensor:
     """Return the mask of what this process holds, as if it were all."""
-    return compute_masks(
-        {task.name: task.held},
-        task.context.step,
-        PruneConfig(module_name_configs={task.name: task.with_scores(given)}),
-        **{what: {task.name: mask} for what, mask in task.given.items()},
-    )[task.name]
+    rule, inputs = task.with_scores(given), _inputs([task])
+    return mask_of(task.name, rule, task.sparsity, inputs)
+
+
+def _inputs(tasks: Sequence[Task]) -> Inputs:
+    """Return what this process holds; scores are there, so that no gradient is needed."""
+    held = {task.name: task.held for task in tasks}
+    prev, floor = (
+        {task.name: task.given[what] for task in tasks if what in task.given}
+        for what in ("prev", "floor")
+    )
+    return Inputs(held, tasks[0].context.step, prev, floor, {}, {})
 
 
 def _counts(tasks: Sequence[Task]) -> list[list[Task]]:
     """Return which tensors share a count: those of a global group, and every other by itself."""
-    found: list[list[Task]] = []
-    for task in tasks:
-        for others in found:
-            if task.is_global and others[0].rule == task.rule:
-                others.append(task)
-                break
-        else:
-            found.append([task])
-    return found
+    by_name = {task.name: task for task in tasks if task.is_global}
+    shared = sharing({name: task.rule for name, task in by_name.items()})
+    own = [[task] for task in tasks if not task.is_global]
+    return [[by_name[name] for name in names] for names in shared] + own
 
 
 def _together(counts: Sequence[Sequence[Task]], given: GivenScore) -> dict[str, Tensor]:
@@ -201,16 +205,12 @@ def _processes(tasks: Sequence[Task]) -> Processes | None:
 
 def _group(tasks: Sequence[Task], given: GivenScore) -> Group:
     """Return the units of tensors that share a count, of which this process has some."""
-    held = {task.name: task.held for task in tasks}
-    rule = tasks[0].with_scores(given)
-    rule = replace(rule, pattern=replace(rule.pattern, group=GlobalGroup()))
-    prev, floor = (
-        {task.name: task.given[what] for task in tasks if what in task.given}
-        for what in ("prev", "floor")
-    )
-    (shared,) = shared_groups(dict.fromkeys(held, rule), held)
-    # Squares of less than float64 need no scale.
-    own = group_of(shared, Inputs(held, tasks[0].context.step, prev, floor, {}), scale=0)
+    inputs, rule = _inputs(tasks), tasks[0].with_scores(given)
+    pattern = replace(rule.pattern, group=GlobalGroup())
+    rule = replace(rule, pattern=pattern, budget=OwnTarget())
+    sparsities = {task.name: task.sparsity for task in tasks}
+    (shared,) = shared_groups(dict.fromkeys(inputs.params, rule), inputs.params, sparsities)
+    own = group_of(shared, inputs, scale=0)  # squares of less than float64 need no scale
     parts = [
         part._replace(shape=task.grid, offset=task.first_unit)
         for part, task in zip(own.parts, tasks, strict=True)

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from purprune import PruneConfig, Rule
-from purprune_adapters.distributed import brought, masks_at, reshard
+from purprune.updating import updated
+from purprune_adapters.checkpoint import Held
+from purprune_adapters.distributed import brought, computing, reshard
+from purprune_adapters.memory import Memory
 
 
 class Targets:
@@ -27,25 +30,29 @@ class Targets:
         reshard(self.model)
         return {name: getattr(owner, leaf) for name, (owner, leaf) in self._owners.items()}
 
-    def masks_at(
+    def updated(
         self,
         step: int,
         names: Iterable[str],
-        prev: Mapping[str, Tensor],
-        floor: Mapping[str, Tensor],
+        held: Held,
+        memory: Memory,
+        stats: Mapping[str, Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Return the masks of some of the parameters, computed from them as they are now."""
+        """Return the next masks of some of the parameters, from these as they are now."""
         found = self.params()
         params = {name: found[name] for name in names}
-        before, lowest = (
-            {name: brought(name, masks[name], params[name]) for name in params if name in masks}
-            for masks in (prev, floor)
+        masks, floor = (
+            {name: brought(name, given[name], params[name]) for name in params if name in given}
+            for given in (held.masks, held.floor)
         )
-        return masks_at(
-            params,
+        sums = memory.stats()
+        return updated(
+            computing(params),
+            memory.seen_by_masks(params),
+            masks,
             step,
             PruneConfig(module_name_configs={name: self.rules[name] for name in params}),
-            prev=before,
-            floor=lowest,
+            floor=floor,
             grads={name: param.grad for name, param in params.items()},
+            stats={n: {**sums.get(n, {}), **stats.get(n, {})} for n in {**sums, **stats}},
         )

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from purprune import PruneConfig, Rule
 from purprune.config import as_config
 from purprune_adapters.hooks import MaskHook
+from purprune_adapters.memory import follows_optimizer
 from purprune_adapters.pruner import Pruner
 from purprune_adapters.trackers import Record, SparsityLog
 
@@ -40,6 +42,7 @@ class PrunedTraining:
         self._masks, self._keep_zeros = masks, keep_zeros
         self._finalize, self._tell = finalize, tell
         self._log: SparsityLog | None = None
+        self._optimizer: Optimizer | None = None
         self._pruner: Pruner | None = None
         self._ended: dict[str, Any] = {}
 
@@ -49,6 +52,11 @@ class PrunedTraining:
         if self._pruner is None:
             raise RuntimeError("Expected a training that began; the pruner is made when it does.")
         return self._pruner
+
+    def follow(self, optimizer: Optimizer | None) -> None:
+        """Take the optimizer, for rules that follow one: regrow, and sums over the steps."""
+        follow = any(map(follows_optimizer, self.config.rules.values()))
+        self._optimizer = optimizer if follow else None
 
     def begin(self, model: nn.Module, state: Mapping[str, Any] | None) -> None:
         """Prune the model in place, from the state, from where it was before, or from step 0."""
@@ -106,6 +114,7 @@ class PrunedTraining:
             mask_gradients=self._mask_gradients,
             masks=self._masks,
             keep_zeros=self._keep_zeros,
+            optimizer=self._optimizer,
         )
 
 

@@ -98,6 +98,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
         control: TrainerControl,
         *,
         model: nn.Module,
+        optimizer: Any,
         **_: Any,
     ) -> None:
         """Prune the model; when a training is resumed, from the state in its checkpoint."""
@@ -107,6 +108,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
                 "the pruner does not support. Use DDP, or prune before or after the training."
             )
         model = _plain(model)
+        self._training.follow(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
         loaded = self._read(self._resumed_folder(args, state), model) if state.global_step else None
         self._training.begin(model, loaded)
 

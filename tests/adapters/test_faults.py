@@ -135,9 +135,10 @@ class Faults(RuleBasedStateMachine):
         assert str(caught.value).startswith("Expected")
 
     def fold(self) -> None:
-        self.masks |= compute_masks(
-            self.params, self.step_count, self.names, prev=self.masks, floor=self.floor
-        )
+        step, rules, old = self.step_count, self.names.rules.values(), dict(self.masks)
+        self.masks |= compute_masks(self.params, step, self.names, prev=old, floor=self.floor)
+        if step and any(rule.sparsity_at(step) < rule.sparsity_at(step - 1) for rule in rules):
+            self.params = apply_masks(self.params, old)  # what comes back starts at zero
         self.params = apply_masks(self.params, self.masks)
 
     def masked(self) -> None:

@@ -21,14 +21,18 @@ from torch.distributed.tensor import DTensor, Shard
 
 from purprune import (
     NM,
+    SET,
     Channel,
     ConfigError,
     NaNError,
     PolynomialDecay,
     PruneConfig,
     Random,
+    RigL,
     Rule,
+    StraightThrough,
     compute_masks,
+    update_masks,
 )
 from purprune_adapters import Pruner, save_pruner
 
@@ -40,6 +44,7 @@ CONFIG = (
     .set_module_name("layers.1.linear1", Rule(schedule=SCHEDULE, pattern=NM(2, 4)))
     .set_module_name("layers.0.linear2", Rule(0.7, SCHEDULE, score=Random(2)))
     .set_module_name("layers.1.linear2", Rule(0.7, SCHEDULE, score="taylor"))
+    .set_module_name("layers.*.self_attn", Rule(0.6, SCHEDULE, budget="erk"))
 )
 
 
@@ -109,6 +114,45 @@ def check_steps(model: nn.Module, pruner: Pruner, optimizer: Any, steps: range) 
         weights = whole({name: params[name] for name in masks})
         assert all(bool((weights[name][~mask] == 0).all()) for name, mask in masks.items())
     same_on_all_ranks(*found.values())
+
+
+@on_ranks(2)
+def test_exchanges_of_shards_are_those_of_the_whole_weights():
+    """Defends RigL and SET under fully_shard, and the state of what comes back."""
+    model = sharded()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    exchange = RigL(every=2, end_step=7, fraction=0.5)
+    config = (
+        PruneConfig()
+        .set_global(Rule(0.8, regrow=exchange))
+        .set_module_name("layers.0.linear2", Rule(0.7, regrow=SET(every=2, fraction=0.5)))
+        .set_module_name("layers.1.linear1", Rule(pattern=NM(2, 4), regrow=exchange))
+    )
+    pruner = Pruner(model, config, optimizer=optimizer)
+    pruner.prepare(inplace=True)
+    params, back = dict(model.named_parameters()), 0
+    for step in range(1, 8):
+        masks = whole(dict(pruner.masks))
+        optimizer.zero_grad()
+        backward(model, step)
+        grads = whole({name: params[name].grad for name in masks})
+        optimizer.step()
+        weights = whole({name: params[name] for name in masks})
+        expected = update_masks(weights, masks, step, pruner.resolved_config, grads=grads)
+        pruner.step()
+        found = whole(dict(pruner.masks))
+        assert all(torch.equal(found[name], expected[name]) for name in masks)
+        for name in masks:
+            new = found[name] & ~masks[name]
+            back += int(new.sum())
+            state = whole({"m": optimizer.state[params[name]]["exp_avg"], "w": params[name]})
+            assert not bool(state["m"][new].any() or state["w"][new].any())
+    assert back > 0
+    other = sharded()
+    sgd = torch.optim.SGD(other.parameters(), 0.1)
+    straight = Pruner(other, Rule(0.5, regrow=StraightThrough()), optimizer=sgd)
+    with pytest.raises(ValueError, match=r"Expected whole weights .* is in shards"):
+        straight.prepare(inplace=True)
 
 
 @on_ranks(2, 4)

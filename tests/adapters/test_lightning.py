@@ -12,7 +12,15 @@ import torch
 from recipes import run_recipe
 from torch import Tensor, nn
 
-from purprune import Block, PolynomialDecay, PruneConfig, Rule, SelectionError
+from purprune import (
+    Block,
+    PolynomialDecay,
+    PruneConfig,
+    RigL,
+    Rule,
+    SelectionError,
+    StraightThrough,
+)
 from purprune_adapters import Pruner
 
 pytest.importorskip("lightning")
@@ -25,6 +33,11 @@ pytestmark = [
 
 STEPS = 6
 RULE = Rule(0.75, PolynomialDecay([1, 3, 5]), 0.25, Block((1, 2)))
+RULES = {
+    "blocks": RULE,
+    "taylor": Rule(0.75, PolynomialDecay([1, 3, 5]), score="taylor"),
+    "RigL": Rule(0.75, regrow=RigL(every=2, end_step=6)),
+}
 CONFIG = PruneConfig().set_module_name("body.*", RULE)
 
 
@@ -126,7 +139,7 @@ def bits(model: nn.Module, pruner: Pruner) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-@pytest.mark.parametrize("rule", [RULE, Rule(0.75, PolynomialDecay([1, 3, 5]), score="taylor")])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_fit_leaves_the_bits_of_a_loop_by_hand(tmp_path, accumulation, optimizer, rule):
     """Defends that a step is an optimizer step, zeros in every forward, and nothing added."""
     config = PruneConfig().set_module_name("body.*", rule)
@@ -137,9 +150,9 @@ def test_a_fit_leaves_the_bits_of_a_loop_by_hand(tmp_path, accumulation, optimiz
     fit(trainer, fitted)
 
     model, data = make_net(0.0, optimizer), batches()
-    pruner = Pruner(model, config)
-    pruner.prepare(inplace=True)
     by_hand = model.configure_optimizers()
+    pruner = Pruner(model, config, optimizer=by_hand if rule.regrow is not None else None)
+    pruner.prepare(inplace=True)
     for step in range(STEPS):
         by_hand.zero_grad()
         for part in range(accumulation):
@@ -387,3 +400,10 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "purprune_adapters.lightning", raising=False)
     with pytest.raises(ImportError, match=r"purprune\[lightning\]"):
         importlib.import_module("purprune_adapters.lightning")
+
+
+def test_rules_with_dense_weights_are_refused_where_training_runs_inside_of_the_step(tmp_path):
+    """Defends the weights against Lightning's closures, which run the model in optimizer.step()."""
+    config = PruneConfig().set_module_name("body.*", Rule(0.5, regrow=StraightThrough()))
+    with pytest.raises(ValueError, match="without a closure"):
+        fit(trainer_for(tmp_path, [pruning(config)]), make_net())

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from purprune import (
     Block,
     Channel,
     ConfigError,
+    GlobalGroup,
     Kernel,
     NaNError,
     Pattern,
@@ -59,6 +61,7 @@ RULES = {
     "magnitude": Rule(0.6),
     "random": Rule(0.6, score=Random(5)),
     "taylor": Rule(0.6, score="taylor"),
+    "gradient": Rule(0.6, score="gradient"),
     "callable": Rule(0.6, score=square),
     "channels": Rule(0.6, pattern=Channel(0)),
     "channels of dim 1": Rule(0.6, pattern=Channel(1, norm="l1")),
@@ -155,6 +158,24 @@ def test_masks_from_the_shards_are_the_masks_of_the_whole_for_every_rule():
     sweep(mesh, [(Shard(0),), (Shard(1),), (Replicate(),)], range(3))
 
 
+@on_ranks(2)
+def test_transposable_masks_from_the_shards_are_those_of_the_whole():
+    """Defends blocks that lie in one shard each, along either dim, prev and floor with them."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = {"w": weight_of((16, 8), torch.float32, 3)}
+    for at in (Shard(0), Shard(1), Replicate()):
+        cut = {"w": distribute_tensor(whole["w"], mesh, [at])}
+        prev, expected = {}, {}
+        for zeros in (1, 2, 1):
+            rule = Rule(pattern=NM(zeros, 4, transposable=True))
+            prev = sharded_masks(cut, 0, rule, prev=prev)
+            expected = compute_masks(whole, 0, rule, prev=expected)
+            assert torch.equal(prev["w"].full_tensor(), expected["w"])
+        rule = Rule(pattern=NM(2, 4, transposable=True))
+        held = sharded_masks(cut, 0, rule, floor=prev)["w"].full_tensor()
+        assert torch.equal(held, compute_masks(whole, 0, rule, floor=expected)["w"])
+
+
 @on_ranks(4)
 def test_masks_from_two_dims_of_processes_are_the_masks_of_the_whole():
     """Defends exactness on 2-D meshes: both dims cut, one dim cut twice, and replicas (HSDP)."""
@@ -165,8 +186,8 @@ def test_masks_from_two_dims_of_processes_are_the_masks_of_the_whole():
 
 
 @on_ranks(2, 4)
-def test_a_global_group_of_shards_prunes_what_it_prunes_of_the_whole():
-    """Defends one count for many tensors: ties go by the order of params, then by position."""
+def test_tensors_that_share_a_total_prune_in_shards_what_they_prune_whole():
+    """Defends one total for many tensors: ties by the order of params, budgets by whole shapes."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     rules = {
         "entries": Rule(0.7, pattern=Unstructured(scope="global")),
@@ -174,6 +195,8 @@ def test_a_global_group_of_shards_prunes_what_it_prunes_of_the_whole():
         "taylor": Rule(0.7, pattern=Unstructured(scope="global"), score="taylor"),
         "channels": Rule(0.7, pattern=Channel(0, scope="global")),
         "taylor channels": Rule(0.7, pattern=Channel(0, norm="l1", scope="global"), score="taylor"),
+        "erk": Rule(0.7, budget="erk"),
+        "uniform": Rule(0.7, pattern=Channel(0, norm="l1"), score="taylor", budget="uniform"),
     }
     for name, rule in rules.items():
         whole = {f"w{i}": weight_of(shape, torch.float32, i) for i, shape in enumerate(SHAPES)}
@@ -183,7 +206,7 @@ def test_a_global_group_of_shards_prunes_what_it_prunes_of_the_whole():
         grads_here = {n: distribute_tensor(w, mesh, [Shard(0)]) for n, w in grads.items()}
         prev, expected = None, None
         for sparsity in (0.4, 0.8, 0.3):
-            now = Rule(sparsity, pattern=rule.pattern, score=rule.score)
+            now = replace(rule, target_sparsity=sparsity)
             prev = sharded_masks(here, 2, now, prev=prev, grads=grads_here)
             expected = compute_masks(whole, 2, now, prev=expected, grads=grads)
             assert prev.keys() == expected.keys()
@@ -191,7 +214,7 @@ def test_a_global_group_of_shards_prunes_what_it_prunes_of_the_whole():
                 assert isinstance(mask, DTensor)
                 assert torch.equal(mask.full_tensor(), expected[n]), (name, n, sparsity)
         for sparsity in (0.6, 0.2):  # with what is pruned now as a floor of half of the tensors
-            now = Rule(sparsity, pattern=rule.pattern, score=rule.score)
+            now = replace(rule, target_sparsity=sparsity)
             held = [*whole][::2]
             got = sharded_masks(here, 2, now, floor={n: prev[n] for n in held}, grads=grads_here)
             exact = compute_masks(whole, 2, now, floor={n: expected[n] for n in held}, grads=grads)
@@ -349,10 +372,15 @@ def test_what_does_not_fit_the_shards_raises_in_every_process_and_says_why():
         (cut, Rule(pattern=Channel(1)), None, r"units of 'fc'.*\(6, 1\).*borders.*dim 0"),
         (cut, Rule(pattern=Block((2, 1))), None, r"units of 'fc'.*\(2, 1\).*borders.*dim 0"),
         (cut, Rule(pattern=NM(2, 4, dim=0)), None, r"groups of 'fc'.*groups of 4 entries"),
+        (cut, Rule(pattern=NM(1, 2, transposable=True)), None, r"groups of 2 .*at \(3,\) of dim 0"),
         (cut, Rule(pattern=Pattern(group=RowGroup(1))), None, r"groups of 'fc'.*rows"),
         (cut, Rule(score=lambda w, c: w), None, r"'fc'.*elementwise = True"),
+        (cut, Rule(score="lamp"), None, r"'fc' that looks at one entry at a time; got LAMP"),
+        (cut, Rule(score="wanda"), None, r"without statistics.*'fc'; got W.*needs input_norm"),
         (cut, Rule(score="taylor"), grads, r"gradient of 'fc' in the shards"),
         (wide, Rule(pattern=Channel(0)), None, r"'fc'.*norm='l2'"),
+        (cut, Rule(0.5, pattern=Unstructured(scope=GlobalGroup(0.1))), None,
+         r"scope='global' for 'fc'.*budget"),
         ({"fc": partial}, Rule(), None, r"'fc'; got P.*a sum over processes"),
         ({"fc.bias": bias}, PruneConfig().set_module_name("fc.bias", Rule(pattern=Kernel())), None,
          "'fc.bias': Expected at least 2 dims"),

@@ -16,7 +16,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from purprune import PolynomialDecay, Rule, Unstructured
+from purprune import PolynomialDecay, Random, Regrow, Rule, Unstructured
 from purprune_adapters import Pruner
 from purprune_adapters.html_report import write_html
 from purprune_adapters.trackers import SparsityLog, TensorBoard, changes, flat
@@ -116,6 +116,28 @@ def test_what_regrew_is_counted():
     assert record is not None
     kept_anew = int((pruner.masks["0.weight"] & ~before).sum())
     assert record["regrown"] == record["newly_pruned"] == kept_anew > 0
+
+
+def test_an_exchange_of_units_is_told_in_both_directions():
+    """Defends methods that regrow: as many come back as go, and the sparsity stays."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rule = Rule(0.8, regrow=Regrow(every=2, end_step=8, score=Random(1)), score=Random(0))
+    pruner = Pruner(model, rule, optimizer=optimizer)
+    pruner.prepare(inplace=True)
+    log = SparsityLog(pruner)
+    log.step()
+    for step in range(8):
+        before = {name: mask.clone() for name, mask in pruner.masks.items()}
+        model(torch.randn(4, 16, generator=torch.Generator().manual_seed(step))).sum().backward()
+        optimizer.step()
+        pruner.step()
+        record = log.step()
+        flips = sum(int((mask & ~before[name]).sum()) for name, mask in pruner.masks.items())
+        assert (record["regrown"] if record else 0) == flips
+        assert record is None or record["newly_pruned"] == record["regrown"]
+    assert sum(record["regrown"] for record in log.history) > 0
+    assert {record["pruned_by_mask"] for record in log.history} == {127}
 
 
 def test_every_nth_update_adds_up_what_was_not_told():
