@@ -406,4 +406,4 @@ def test_rules_with_dense_weights_are_refused_where_training_runs_inside_of_the_
     """Defends the weights against Lightning's closures, which run the model in optimizer.step()."""
     config = PruneConfig().set_module_name("body.*", Rule(0.5, regrow=StraightThrough()))
     with pytest.raises(ValueError, match="without a closure"):
-        fit(trainer_for(tmp_path, [pruning(config)]), make_net())
+        fit(trainer_for(tmp_path, [pruning(config)], limit_val_batches=0), make_net())
