@@ -417,7 +417,7 @@ def test_a_new_optimizer_has_to_be_followed():
 
 
 def test_what_is_remembered_follows_the_model_to_another_dtype():
-    """Defends dense weights of a model that becomes float64, and a state that comes from bfloat16."""
+    """Defends dense weights of a model that becomes float64, and a state from bfloat16."""
     model = net().bfloat16()
     optimizer = OPTIMIZERS["SGD"](model.parameters())
     pruner = Pruner(model, RULES["STE"], optimizer=optimizer)
