@@ -12,8 +12,9 @@ from dataclasses import field, replace
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from purprune.errors import near_misses
 from purprune.ramps import half_cosine
 from purprune.scores import Gradient, Random, Score
 from purprune.values import SparsityValue, StrictFloat, StrictInt, exact, value
@@ -126,6 +127,25 @@ class StraightThrough:
         return step % self.every == 0
 
 
+_KINDS = ("exchange", "straight_through")
+_WORDS = (
+    "None, Regrow(...), StraightThrough(...), or a dict like {'every': 100, 'end_step': 750} or "
+    "{'kind': 'straight_through', 'decay': 2e-4}"
+)
+
+
+def _of_known_kind(regrow: Any) -> Any:
+    kind = regrow.get("kind", "exchange") if isinstance(regrow, dict) else regrow
+    if isinstance(kind, str) and (kind not in _KINDS or not isinstance(regrow, dict)):
+        raise ValueError(
+            f"expected {_WORDS}; got {kind!r}.{near_misses(kind, _KINDS)} RigL and SET are "
+            f"exchanges."
+        )
+    if isinstance(regrow, type):
+        raise ValueError(f"expected {_WORDS}; got the class {regrow.__name__}. Call it.")
+    return regrow
+
+
 def _kind(regrow: Any) -> str | None:
     if isinstance(regrow, dict):
         return str(regrow.get("kind", "exchange"))
@@ -134,12 +154,8 @@ def _kind(regrow: Any) -> str | None:
 
 AnyRegrow = Annotated[
     Annotated[Regrow, Tag("exchange")] | Annotated[StraightThrough, Tag("straight_through")],
-    Discriminator(
-        _kind,
-        custom_error_type="regrow",
-        custom_error_message="None, Regrow(...), StraightThrough(...), or a dict like "
-        "{'every': 100, 'end_step': 750} or {'kind': 'straight_through', 'decay': 2e-4}",
-    ),
+    Discriminator(_kind, custom_error_type="regrow", custom_error_message=f"expected {_WORDS}"),
+    BeforeValidator(_of_known_kind),
 ]
 """What a rule accepts as its regrow."""
 

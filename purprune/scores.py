@@ -55,8 +55,8 @@ class Magnitude:
 class Taylor:
     """``score = |w * g|``: the first-order change of the loss when the entry becomes zero.
 
-    Source: Molchanov et al., 2017 (arXiv:1611.06440); at initialisation it is SNIP, Lee et al.,
-    2019 (arXiv:1810.02340).
+    Source: Molchanov et al., 2017 (arXiv:1611.06440), for weights 2019 (arXiv:1906.10771); at
+    initialisation it is SNIP, Lee et al., 2019 (arXiv:1810.02340).
 
     >>> context = ScoreContext("w", step=0, gradient=torch.tensor([0.5, 4.0]))
     >>> Taylor()(torch.tensor([-3.0, 1.0]), context)

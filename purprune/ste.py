@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ def straight_through(
     >>> masked.tolist(), weights["w"].grad.tolist()
     ([3.0, 0.0], [1.0, 1.5])
     """
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < math.inf:
+        raise ValueError(f"Expected a decay >= 0; got {decay!r}. SR-STE uses 2e-4.")
     apply_masks(params, masks)  # refuses what does not fit
     return {
         name: _masked(weight, masks[name], decay) if name in masks else weight

@@ -235,13 +235,16 @@ def test_a_new_tensor_brings_its_group_along():
             lambda: Rule(pattern=NM(2, 4), regrow=RigL(end_step=900)),
             "fraction of at least 1/2 at the first exchange, which moves one of the 2",
         ),
-        (lambda: Rule(0.5, regrow="rigl"), "Regrow(...), StraightThrough(...)"),
+        (lambda: Rule(0.5, regrow="rigl"), "got 'rigl'. RigL and SET are exchanges."),
+        (lambda: Rule(0.5, regrow={"kind": "exchang"}), "Did you mean 'exchange'?"),
+        (lambda: Rule(0.5, regrow=StraightThrough), "got the class StraightThrough. Call it."),
+        (lambda: straight_through({}, {}, decay=-1.0), "Expected a decay >= 0; got -1.0"),
         (lambda: Rule(0.5, regrow=RigL), "Regrow(...), StraightThrough(...)"),
     ],
 )
 def test_impossible_values_of_regrow_are_refused_in_one_line(make, says):
     """Defends the errors of a configuration."""
-    with pytest.raises((ConfigError, TypeError)) as caught:
+    with pytest.raises((ConfigError, ValueError)) as caught:
         make()
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from purprune import Rule, SelectionError, StraightThrough
+from purprune import PruneConfig, Regrow, Rule, SelectionError, StraightThrough, plan
 from purprune.masks import check_given
-from purprune.ranking import nan_error
+from purprune.ranking import count, nan_error
 from purprune.totals import sparsities_at
 from purprune.updating import by_gradient, exchanges
 from purprune_adapters.activity import untrained
@@ -64,6 +64,26 @@ def refuse_unfit_options(
             raise ValueError(
                 f"Expected mask_optimizer_state=False with StraightThrough, which trains pruned "
                 f"entries too; got True, and such a rule for {name!r}."
+            )
+
+
+def refuse_idle_exchanges(rules: Mapping[str, Rule], params: Mapping[str, Tensor]) -> None:
+    """Raise when a rule exchanges nothing at its first update in any of its tensors."""
+    distinct = {id(rule): rule for rule in rules.values()}.values()
+    for rule in distinct:
+        if not isinstance(rule.regrow, Regrow):
+            continue
+        step = rule.regrow.every
+        names = {name: same for name, same in rules.items() if same == rule}
+        config, share = PruneConfig(module_name_configs=names), rule.regrow.fraction_at(step)
+        planned = plan(params, config, step)
+        sizes = [(g.units, t.sparsity) for t in planned.tensors for g in t.groups]
+        sizes += [(group.units, group.sparsity) for group in planned.shared]
+        if not any(count(n, s + share * (1 - s)) > count(n, s) for n, s in sizes):
+            raise ValueError(
+                f"Expected an exchange of at least one unit in {', '.join([*names][:3])}; "
+                f"{float(share):.3g} of what is kept in a group is less than one. Raise "
+                f"regrow.fraction, or choose larger groups."
             )
 
 

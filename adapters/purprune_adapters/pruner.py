@@ -25,6 +25,7 @@ from purprune_adapters.checks import (
     refuse_another_optimizer,
     refuse_copy,
     refuse_finalized,
+    refuse_idle_exchanges,
     refuse_nan,
     refuse_options_without,
     refuse_regrow_without,
@@ -151,6 +152,7 @@ class Pruner:
         self._memory_hooks: MemoryHooks | None = None
         self._loaded: Held | None = None
         self.plan(step=0)  # a pattern that does not fit is found before training
+        refuse_idle_exchanges(self._regrowing, self._params())
         self._keep_zeros = keep_zeros
         self._floor = given_floor({} if masks is None else masks, self._params(), self._rules)
 

@@ -17,12 +17,14 @@ from purprune import (
     NM,
     SET,
     Alternating,
+    Channel,
     ConstantSparsity,
     PolynomialDecay,
     Regrow,
     RigL,
     Rule,
     StraightThrough,
+    Unstructured,
     apply_masks,
     straight_through,
     update_masks,
@@ -473,3 +475,20 @@ def test_a_sparse_gradient_is_refused_before_anything_moves():
     with pytest.raises(ValueError, match=r"Expected a strided gradient of 'weight'"):
         optimizer.step()
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(0.9, pattern=Unstructured(scope="row"), regrow=SET(every=1)),
+        Rule(0.75, pattern=Channel(dim=1), regrow=SET(every=1, fraction=0.1)),
+        Rule(0.5, regrow=SET(every=1, fraction=0.0)),
+    ],
+    ids=["rows", "channels", "nothing"],
+)
+def test_an_exchange_that_never_moves_anything_is_refused_when_the_pruner_is_made(rule: Rule):
+    """Defends against sparse training that is static by rounding."""
+    model = net()
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    with pytest.raises(ValueError, match=r"Expected an exchange of at least one unit in 0.weight"):
+        Pruner(model, rule, optimizer=optimizer)
