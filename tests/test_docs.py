@@ -47,7 +47,9 @@ def pages_of(nav: object) -> list[str]:
 def test_every_public_name_has_one_entry_in_the_reference() -> None:
     """Defends the reference against names that are new, renamed, gone or shown twice."""
     text = "\n".join(page.read_text("utf-8") for page in (DOCS / "reference").glob("*.md"))
-    entries = Counter(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    written = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    # A function in a module of its name is written as resolve.resolve.
+    entries = Counter(re.sub(r"\.(\w+)\.\1$", r".\1", name) for name in written)
     public = exported(purprune) | exported(purprune_adapters)
     assert {name for name, times in entries.items() if times > 1} == set()
     assert public - set(entries) == set()
