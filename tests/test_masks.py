@@ -240,7 +240,9 @@ for banned in ("coremltools", "matplotlib", "transformers", "lightning", "torch.
     assert banned not in sys.modules, banned
 import purprune_adapters
 for banned in ("coremltools", "matplotlib", "transformers", "accelerate", "lightning",
-               "purprune_adapters.transformers", "purprune_adapters.lightning"):
+               "pandas", "tensorboard", "purprune_adapters.html_report", "typer",
+               "purprune_adapters.cli", "purprune_adapters.transformers",
+               "purprune_adapters.lightning"):
     assert banned not in sys.modules, banned
 import pathlib
 for path in pathlib.Path(purprune.__file__).parent.glob("*.py"):

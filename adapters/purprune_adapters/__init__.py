@@ -12,6 +12,8 @@ from purprune_adapters.coreml import verify_coreml as verify_coreml
 from purprune_adapters.files import load_pruner as load_pruner
 from purprune_adapters.files import save_pruner as save_pruner
 from purprune_adapters.layerwise import prune_layerwise as prune_layerwise
+from purprune_adapters.pruned_files import PrunedCheckpoint as PrunedCheckpoint
+from purprune_adapters.pruned_files import prune_checkpoint as prune_checkpoint
 from purprune_adapters.pruner import Pruner as Pruner
 from purprune_adapters.pruning_at_init import grasp_masks as grasp_masks
 from purprune_adapters.pruning_at_init import snip_masks as snip_masks

@@ -54,6 +54,10 @@ class Checkpoint(LazyParams):
         """Return meta tensors by name."""
         return dict(self._shapes)
 
+    def files(self) -> Mapping[str, Path]:
+        """Return the file that each tensor is in, by name."""
+        return dict(self._files)
+
     def __getitem__(self, name: str) -> Tensor:
         """Map a tensor."""
         with _open(self._files[name]) as file:
@@ -73,7 +77,7 @@ class Checkpoint(LazyParams):
         return f"Checkpoint({str(self._path)!r}): {len(self)} tensors"
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -91,6 +95,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""What safetensors calls the dtypes of torch."""
 
 
 def _open(file: Path) -> Any:
@@ -115,7 +120,7 @@ def _header(file: Path) -> dict[str, Tensor]:
     with _open(file) as opened:
         for name in opened.keys():  # noqa: SIM118
             piece = opened.get_slice(name)
-            dtype = _DTYPES.get(piece.get_dtype())
+            dtype = DTYPES.get(piece.get_dtype())
             if dtype is None:
                 raise ValueError(
                     f"Expected a dtype that torch has for {name!r}; got {piece.get_dtype()}."

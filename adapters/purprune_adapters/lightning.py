@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from purprune import PruneConfig, Rule
+from purprune_adapters.extras import install_hint
 from purprune_adapters.pruner import Pruner
-from purprune_adapters.trainers import PrunedTraining, install_hint
+from purprune_adapters.trackers import Record, totals
+from purprune_adapters.trainers import PrunedTraining
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,8 +30,9 @@ class PruningCallback(Callback):  # type: ignore[misc]  # the base is not follow
 
     One step of the schedule is one optimizer step, whatever ``accumulate_grad_batches`` is; a step
     that mixed precision skipped is not counted. Of several optimizers the first that holds a
-    pruned parameter counts. ``sparsity``, the zeros among the pruned parameters, is logged. Step
-    and masks are in every checkpoint, and ``fit(ckpt_path=...)`` goes on from there.
+    pruned parameter counts. ``sparsity``, the zeros among the pruned parameters, and
+    ``scheduled_sparsity``, what is in force, are logged. Step and masks are in every checkpoint,
+    and ``fit(ckpt_path=...)`` goes on from there.
 
     Args:
         config: a :class:`purprune.PruneConfig`, a :class:`purprune.Rule` for all supported
@@ -40,6 +43,8 @@ class PruningCallback(Callback):  # type: ignore[misc]  # the base is not follow
             fit starts. A resumed one takes the masks that hold from its checkpoint instead.
         finalize: True bakes the zeros in when the fit ends, and removes the hooks; a later
             ``fit()`` goes on with the masks. False leaves the pruner on the model.
+        tell: called with a record whenever the masks are new, as by a
+            :class:`purprune_adapters.trackers.SparsityLog`.
 
     Raises:
         ConfigError: the config is impossible.
@@ -57,6 +62,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # the base is not follow
         masks: Mapping[str, Tensor] | None = None,
         keep_zeros: bool = False,
         finalize: bool = True,
+        tell: Callable[[Record], object] | None = None,
     ) -> None:
         """Check the config; the pruner is made when the fit starts."""
         self._training = PrunedTraining(
@@ -65,10 +71,11 @@ class PruningCallback(Callback):  # type: ignore[misc]  # the base is not follow
             masks=masks,
             keep_zeros=keep_zeros,
             finalize=finalize,
+            tell=tell,
         )
         self._loaded: dict[str, Any] | None = None
         self._handle: Any = None
-        self._logged: tuple[Mapping[str, float], float] = ({}, 0.0)
+        self._logged: tuple[Mapping[str, float], dict[str, float]] = ({}, {})
 
     @property
     def pruner(self) -> Pruner:
@@ -107,8 +114,8 @@ class PruningCallback(Callback):  # type: ignore[misc]  # the base is not follow
         """Log the sparsity; weights are read where the schedule moved only."""
         in_force = self.pruner.sparsity_at(self.pruner.step_count)
         if self._logged[0] != in_force:
-            self._logged = (in_force, float(self.pruner.report().total))
-        self.log("sparsity", self._logged[1])
+            self._logged = (in_force, totals(self.pruner.report()))
+        self.log_dict(self._logged[1])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finalize, after all callbacks had their say about the weights."""
@@ -132,7 +139,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # the base is not follow
         self._training.begin(pl_module, loaded)
 
     def _after_step(self, *_: Any) -> None:
-        self.pruner.step()
+        self._training.step()
 
     def _unfollow(self) -> None:
         if self._handle is not None:

@@ -1,4 +1,8 @@
-"""The pruner's report: zeros counted in the weights as they are now, in integers."""
+"""The pruner's report: zeros counted in the weights as they are now, in integers.
+
+It is a value: text, a rich table, plain dicts or a data frame are made of it when they are asked
+for, and :func:`purprune_adapters.html_report.write_html` makes a page of it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from purprune import Count
 from purprune.tables import skipped_text, text_table
 from purprune.totals import sparsities_at
 from purprune_adapters.distributed import counted
+from purprune_adapters.extras import data_frame
 from purprune_adapters.targets import Targets
 
 
@@ -33,6 +38,22 @@ class ReportRow:
     """The sparsity of units at the schedule's end; None for a callable schedule."""
     shared: bool = False
     """Whether both are those of all tensors of a global group together."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as plain values.
+
+        Where the sparsities are those of a global group, ``shared`` has them: the tensor by
+        itself has none, so its own are None.
+        """
+        both = {"sparsity": self.sparsity, "target_sparsity": self.target}
+        return {
+            "shape": list(self.shape),
+            "zeros": self.weight.zeros,
+            "entries": self.weight.entries,
+            "pruned_by_mask": self.mask.zeros,
+            **(dict.fromkeys(both) if self.shared else both),
+            "shared": both if self.shared else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -69,43 +90,76 @@ class Report:
             "model_entries": self.model_entries,
             "zeros": self.total.zeros,
             "entries": self.total.entries,
-            "parameters": {
-                row.name: {
-                    "shape": list(row.shape),
-                    "zeros": row.weight.zeros,
-                    "entries": row.weight.entries,
-                    "pruned_by_mask": row.mask.zeros,
-                    "sparsity": row.sparsity,
-                    "target_sparsity": row.target,
-                    "shared": row.shared,
-                }
-                for row in self.rows
-            },
+            "parameters": {row.name: row.as_dict() for row in self.rows},
             "skipped": dict(self.skipped),
         }
 
+    def to_pandas(self) -> Any:
+        """Return the rows as a ``pandas.DataFrame`` by the parameter's name.
+
+        ``shared`` tells whether ``sparsity`` and ``target_sparsity`` are those of a global group.
+
+        Raises:
+            ImportError: pandas is not installed; names the extra.
+        """
+        rows = [
+            {
+                "parameter": row.name,
+                "shape": row.shape,
+                "zeros": row.weight.zeros,
+                "entries": row.weight.entries,
+                "zero": float(row.weight),
+                "pruned_by_mask": row.mask.zeros,
+                "sparsity": row.sparsity,
+                "target_sparsity": row.target,
+                "shared": row.shared,
+            }
+            for row in self.rows
+        ]
+        return data_frame(rows, "parameter")
+
+    @property
+    def title(self) -> str:
+        """The phase, the step and the zeros of all, in one line."""
+        share = self.total.zeros / self.model_entries if self.model_entries else 0.0
+        return (
+            f"{self.phase}, step {self.step}: {self.total} zero in the pruned parameters; "
+            f"{share:.2%} of all parameters"
+        )
+
     def __str__(self) -> str:
         """Return a table."""
-        rows = [
-            (
-                row.name,
-                "x".join(map(str, row.shape)),
-                f"{row.weight.zeros:,}",
-                f"{row.weight.entries:,}",
-                f"{float(row.weight):.2%}",
-                f"{row.sparsity:.4g}{shared}",
-                "-" if row.target is None else f"{row.target:.4g}{shared}",
-            )
-            for row in self.rows
-            for shared in [" of all" if row.shared else ""]
-        ]
-        head = ("parameter", "shape", "zeros", "entries", "zero", "in force", "target")
-        share = self.total.zeros / self.model_entries if self.model_entries else 0.0
-        title = f"{self.phase}, step {self.step}: {self.total} zero in the pruned parameters"
-        return (
-            f"{title}; {share:.2%} of all parameters\n"
-            f"{text_table(head, rows)}{skipped_text(self.skipped)}"
-        )
+        table = text_table(_HEAD, map(_cells, self.rows))
+        return f"{self.title}\n{table}{skipped_text(self.skipped)}"
+
+    def __rich__(self) -> Any:
+        """Return the same as a rich table."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table()
+        for place, head in enumerate(_HEAD):
+            table.add_column(head, justify="right" if place else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, _cells(row)))
+        return Group(Text(self.title), table, Text(skipped_text(self.skipped).strip("\n")))
+
+
+_HEAD = ("parameter", "shape", "zeros", "entries", "zero", "in force", "target")
+
+
+def _cells(row: ReportRow) -> tuple[str, ...]:
+    of_all = " of all" if row.shared else ""
+    return (
+        row.name,
+        "x".join(map(str, row.shape)),
+        f"{row.weight.zeros:,}",
+        f"{row.weight.entries:,}",
+        f"{float(row.weight):.2%}",
+        f"{row.sparsity:.4g}{of_all}",
+        "-" if row.target is None else f"{row.target:.4g}{of_all}",
+    )
 
 
 def report_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +14,7 @@ from purprune.config import as_config
 from purprune_adapters.hooks import MaskHook
 from purprune_adapters.memory import follows_optimizer
 from purprune_adapters.pruner import Pruner
-
-
-def install_hint(package: str, extra: str) -> str:
-    """Return the text of the ImportError for a package that is missing."""
-    return (
-        f'Expected {package}, which is missing; install it with `pip install "purprune[{extra}]"`.'
-    )
+from purprune_adapters.trackers import Record, SparsityLog
 
 
 class PrunedTraining:
@@ -39,13 +33,15 @@ class PrunedTraining:
         masks: Mapping[str, Tensor] | None,
         keep_zeros: bool,
         finalize: bool,
+        tell: Callable[[Record], object] | None,
     ) -> None:
         """Check the config; a model comes with :meth:`begin`."""
         self.config = as_config(config)
         self.live = False
         self._mask_gradients = mask_gradients
         self._masks, self._keep_zeros = masks, keep_zeros
-        self._finalize = finalize
+        self._finalize, self._tell = finalize, tell
+        self._log: SparsityLog | None = None
         self._optimizer: Optimizer | None = None
         self._pruner: Pruner | None = None
         self._ended: dict[str, Any] = {}
@@ -76,6 +72,13 @@ class PrunedTraining:
             pruner.load_state_dict(state)
         pruner.prepare(inplace=True)
         self._pruner, self.live = pruner, True
+        self._log = None if self._tell is None else SparsityLog(pruner, self._tell)
+        self._tell_changes()
+
+    def step(self) -> None:
+        """Count one optimizer step, and tell what changed."""
+        self.pruner.step()
+        self._tell_changes()
 
     def end(self) -> None:
         """Bake the zeros in and remove the hooks, unless the pruner is to stay."""
@@ -99,6 +102,10 @@ class PrunedTraining:
                     f"Expected zeros where the masks prune; {nonzero} of the pruned entries of "
                     f"{name!r} are not zero. The state belongs to other weights."
                 )
+
+    def _tell_changes(self) -> None:
+        if self._log is not None:
+            self._log.step()
 
     def _new_pruner(self, model: nn.Module) -> Pruner:
         return Pruner(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from purprune import PruneConfig, Rule
+from purprune_adapters.extras import install_hint
 from purprune_adapters.pruner import Pruner
-from purprune_adapters.trainers import PrunedTraining, install_hint
+from purprune_adapters.trackers import Record, totals
+from purprune_adapters.trainers import PrunedTraining
 
 try:
     from accelerate.utils import extract_model_from_parallel
@@ -36,9 +38,9 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
 
     One step of the schedule is one optimizer step, whatever the gradient accumulation is; a step
     that mixed precision skipped is not counted. Every log entry gets ``sparsity``, the zeros among
-    the pruned parameters. Every checkpoint gets :data:`STATE_NAME`, and
-    ``train(resume_from_checkpoint=...)`` goes on from it. With ``load_best_model_at_end`` the
-    masks of the best checkpoint come back with its weights.
+    the pruned parameters, and ``scheduled_sparsity``, what is in force. Every checkpoint gets
+    :data:`STATE_NAME`, and ``train(resume_from_checkpoint=...)`` goes on from it. With
+    ``load_best_model_at_end`` the masks of the best checkpoint come back with its weights.
 
     Args:
         config: a :class:`purprune.PruneConfig`, a :class:`purprune.Rule` for all supported
@@ -51,6 +53,8 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
             ``train()`` goes on with the masks. False leaves the pruner on the model.
         resume_from_checkpoint: the folder that ``train(resume_from_checkpoint=...)`` gets, which
             no callback is told. Needed where it is not ``checkpoint-<step>`` in ``output_dir``.
+        tell: called with a record whenever the masks are new, as by a
+            :class:`purprune_adapters.trackers.SparsityLog`.
 
     Raises:
         ConfigError: the config is impossible.
@@ -69,6 +73,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
         keep_zeros: bool = False,
         finalize: bool = True,
         resume_from_checkpoint: str | os.PathLike[str] | None = None,
+        tell: Callable[[Record], object] | None = None,
     ) -> None:
         """Check the config; the pruner is made when the training begins."""
         self._training = PrunedTraining(
@@ -77,6 +82,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
             masks=masks,
             keep_zeros=keep_zeros,
             finalize=finalize,
+            tell=tell,
         )
         self._resume_from = resume_from_checkpoint
 
@@ -92,7 +98,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
         control: TrainerControl,
         *,
         model: nn.Module,
-        optimizer: Any,
+        optimizer: Any = None,
         **_: Any,
     ) -> None:
         """Prune the model; when a training is resumed, from the state in its checkpoint."""
@@ -117,7 +123,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
     ) -> None:
         """Count the step, while the gradients are there for scores that need them."""
         if not getattr(optimizer, "step_was_skipped", False):  # accelerate's, not torch's
-            self.pruner.step()
+            self._training.step()
 
     def on_log(
         self,
@@ -130,9 +136,10 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
     ) -> None:
         """Add the sparsity to the entry, for the callbacks after this one and in the history."""
         if self._training.live:
-            logs["sparsity"] = float(self.pruner.report().total)
+            found = totals(self.pruner.report())
+            logs.update(found)
             if state.log_history:
-                state.log_history[-1]["sparsity"] = logs["sparsity"]
+                state.log_history[-1].update(found)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

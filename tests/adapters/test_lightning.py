@@ -344,6 +344,16 @@ def test_the_sparsity_is_logged(tmp_path):
         [48 / 192, 48 / 192, 132 / 192, 132 / 192, 0.75, 0.75]
     )
     assert trainer.callback_metrics["sparsity"] == 0.75
+    assert trainer.callback_metrics["scheduled_sparsity"] == 0.75
+
+
+def test_changes_of_masks_are_told_from_step_0_on(tmp_path):
+    """Defends the records of a log in a trainer: one per update, counts that add up."""
+    told: list[dict[str, Any]] = []
+    trainer = trainer_for(tmp_path, [pruning(tell=told.append)])
+    fit(trainer, make_net())
+    assert [record["step"] for record in told] == [0, 1, 3, 5]
+    assert sum(record["newly_pruned"] for record in told) == told[-1]["pruned_by_mask"] == 144
 
 
 @pytest.mark.parametrize("given", ["compiled", "ddp"])
@@ -396,4 +406,4 @@ def test_rules_with_dense_weights_are_refused_where_training_runs_inside_of_the_
     """Defends the weights against Lightning's closures, which run the model in optimizer.step()."""
     config = PruneConfig().set_module_name("body.*", Rule(0.5, regrow=StraightThrough()))
     with pytest.raises(ValueError, match="without a closure"):
-        fit(trainer_for(tmp_path, [pruning(config)]), make_net())
+        fit(trainer_for(tmp_path, [pruning(config)], limit_val_batches=0), make_net())

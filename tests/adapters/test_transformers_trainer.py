@@ -345,10 +345,19 @@ def test_every_log_entry_tells_the_sparsity(tmp_path):
     expected = [count / 192 for count in trainer.model.seen]
     history = [entry["sparsity"] for entry in trainer.state.log_history]
     assert history == [entry["sparsity"] for entry in recorder.logs]
+    assert all("scheduled_sparsity" in entry for entry in recorder.logs)
     assert sorted(set(history)) == sorted({*expected[1:], 0.75})
     assert any("eval_loss" in entry for entry in recorder.logs)
     trainer.evaluate()
     assert "sparsity" not in recorder.logs[-1], "the pruner is finalized"
+
+
+def test_changes_of_masks_are_told_from_step_0_on(tmp_path):
+    """Defends the records of a log in a trainer: one per update, counts that add up."""
+    told: list[dict[str, Any]] = []
+    trainer_for(tmp_path, [pruning(tell=told.append)], save_strategy="no").train()
+    assert [record["step"] for record in told] == [0, 1, 3, 5]
+    assert sum(record["newly_pruned"] for record in told) == told[-1]["pruned_by_mask"] == 144
 
 
 @pytest.mark.parametrize("given", ["torch_compile", "compiled by the user"])

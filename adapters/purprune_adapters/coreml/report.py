@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from purprune.tables import text_table
+from purprune_adapters.extras import data_frame
 
 from .numeric import NumericalCheck
 from .records import ParameterRecord, Verification
@@ -90,6 +91,10 @@ class ExportReport:
     def to_json(self, *, indent: int | None = 2) -> str:
         """The report as JSON text."""
         return json.dumps(self.as_dict(), indent=indent)
+
+    def to_pandas(self) -> Any:
+        """The records as a ``pandas.DataFrame`` by the parameter's name; needs pandas."""
+        return data_frame([row.as_dict() for row in self.rows], "name")
 
     def __str__(self) -> str:
         """A plain text table and what was checked; MIL names stand in ``as_dict()``."""

@@ -1,0 +1,64 @@
+"""What commands print: a table for people, JSON for machines, an error in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from purprune.tables import text_table
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+def say(text: str) -> None:
+    """Print a text on stdout."""
+    typer.echo(text)
+
+
+def say_json(found: Mapping[str, Any]) -> None:
+    """Print JSON on stdout; no NaN, which JSON does not know."""
+    typer.echo(json.dumps(found, indent=2, allow_nan=False, default=_plain))
+
+
+def _plain(item: Any) -> Any:
+    if isinstance(item, Path):
+        return str(item)
+    raise TypeError(f"Expected a value that JSON has; got {type(item).__name__}.")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a text table."""
+    return text_table(head, rows)
+
+
+def human(size: int) -> str:
+    """Return bytes for people.
+
+    >>> human(10_240_000_000), human(999)
+    ('10.24 GB', '999 B')
+    """
+    for unit, power in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= power:
+            return f"{size / power:.2f} {unit}"
+    return f"{size} B"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error in one line."""
+    if isinstance(error, typer.TyperException):
+        text = error.format_message()
+    elif isinstance(error, KeyError):  # whose str is the repr of its text
+        text = str(error.args[0]) if error.args else "KeyError"
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def is_terminal() -> bool:
+    """Tell whether progress is seen by somebody."""
+    return sys.stderr.isatty()

@@ -1,0 +1,298 @@
+"""The commands: what they print, their JSON, their exit codes, and one line for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+safetensors = pytest.importorskip("safetensors.torch")
+
+from typer.testing import CliRunner  # noqa: E402
+
+import purprune  # noqa: E402
+from purprune import NM, PruneConfig, Rule, apply_masks, compute_masks  # noqa: E402
+from purprune_adapters import Checkpoint  # noqa: E402
+from purprune_adapters.cli import main  # noqa: E402
+from purprune_adapters.cli.app import app  # noqa: E402
+
+COMMANDS = ("plan", "prune", "inspect", "schedule", "verify", "config", "demo")
+YAML = """
+global_config: {target_sparsity: 0.5, scheduler: {update_steps: "range(0, 50, 10)"}}
+module_name_configs:
+  head: null
+  layers.1: {n_m_ratio: [2, 4]}
+"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    params = {
+        "layers.0.weight": torch.randn(16, 32, generator=generator),
+        "layers.1.weight": torch.randn(8, 16, generator=generator).bfloat16(),
+        "layers.1.bias": torch.randn(8, generator=generator),
+        "head.weight": torch.randn(10, 8, generator=generator),
+    }
+    safetensors.save_file(params, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def run(capsys: Any, *words: object) -> tuple[int, str, str]:
+    """Run a command; return the exit code, stdout and stderr."""
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def found(capsys: Any, *words: object) -> Any:
+    """Run a command that prints JSON, and nothing else."""
+    code, out, err = run(capsys, *words, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def refused(capsys: Any, *words: object) -> str:
+    """Run a command with bad input; return the one line of its error."""
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("purprune: ")
+    return err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command):
+    """Defends --help, through typer's own runner."""
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Examples:" in result.output
+    assert f"purprune {command}" in result.output
+    assert "--json" in result.output
+
+
+def test_the_application_lists_its_commands_and_its_version(capsys):
+    """Defends the first thing that anybody types."""
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+    code, out, _ = run(capsys, "--version")
+    assert (code, out.split()[1]) == (0, purprune.__version__)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["plan"], "Missing argument 'CHECKPOINT'. See: purprune plan --help"),
+        (["frob"], "No such command 'frob'. See: purprune --help"),
+        (["plan", "{}", "--sparsit", "0.5"], "No such option: --sparsit"),
+        (["plan", "{}"], "Expected what to prune; got nothing. Give --sparsity 0.5"),
+        (["plan", "nowhere", "--nm", "2:4"], "Expected the file nowhere"),
+        (["plan", "{}", "--nm", "4"], "Expected --nm ZEROS:M such as 2:4"),
+        (["plan", "{}", "--nm", "5:4"], "zeros <= m"),
+        (["plan", "{}", "--nm", "2:4", "--sparsity", "0.5"], "--nm without --sparsity"),
+        (["plan", "{}", "--nm", "2:4", "--scope", "global"], "--nm without --sparsity"),
+        (["plan", "{}", "--nm", "2:4", "--dim", "7"], "dim=7"),
+        (["plan", "{}", "--sparsity", "0.5", "--dim", "0"], "--dim with --nm only"),
+        (["plan", "{}", "--sparsity", "50"], "50.0 % is 0.5"),
+        (["plan", "{}", "--sparsity", "half"], "got 'half'"),
+        (["plan", "{}", "--sparsity", "0.5", "--scope", "all"], "'tensor', 'global'"),
+        (["plan", "{}", "--block", "4x1"], "Expected --sparsity with this pattern"),
+        (["plan", "{}", "--sparsity", "0.5", "--block", "4,1"], "--block extents such as 4x1"),
+        (["plan", "{}", "--sparsity", "1/2", "--block", "4", "--channel", "0"], "one pattern"),
+        (["plan", "{}", "--sparsity", "0.5", "--leave", "haed"], "Did you mean 'head'"),
+        (["plan", "{}", "--config", "none.yaml"], "none.yaml"),
+        (["plan", "{}", "--config", "x", "--sparsity", "0.5"], "--config alone"),
+        (["prune", "{}", "{}", "--sparsity", "0.5"], "--overwrite"),
+        (["prune", "{}", "no/out.safetensors", "--sparsity", "0.5"], "Expected a folder for"),
+        (["inspect", "nowhere.pt"], "Expected the file nowhere.pt"),
+        (["schedule"], "expected update_steps, or all of begin_step"),
+        (["schedule", "--update-steps", "a,b"], "Expected --update-steps like 0,100,200"),
+        (["schedule", "--config", "x", "--target", "0.5"], "--config alone"),
+        (["verify", "none.mlpackage", "{}"], "none.mlpackage"),
+        (["config"], "Expected a config FILE, or --schema"),
+    ],
+)
+def test_bad_input_is_answered_by_one_line(capsys, checkpoint, words, expected):
+    """Defends the words for everything that can be typed wrong."""
+    assert expected in refused(capsys, *(word.format(checkpoint) for word in words))
+
+
+def test_a_traceback_is_there_for_those_who_ask(checkpoint):
+    """Defends debugging."""
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "plan", "nowhere", "--nm", "2:4"])
+
+
+def test_a_plan_says_integers_and_bytes_and_reads_no_values(capsys, checkpoint, monkeypatch):
+    """Defends the prediction: counts, a bit mask, Core ML's float16."""
+    monkeypatch.setattr(Checkpoint, "__getitem__", None)
+    plan = found(capsys, "plan", checkpoint, "--nm", "2:4", "--leave", "head")
+    rows = {row["name"]: row for row in plan["tensors"]}
+    assert set(rows) == {"layers.0.weight", "layers.1.weight"}
+    assert rows["layers.0.weight"]["zeros"] == 256
+    assert rows["layers.0.weight"]["bitmask_bytes"] == 512 // 8 + 256 * 4
+    assert rows["layers.1.weight"]["bitmask_bytes"] == 128 // 8 + 64 * 2
+    assert rows["layers.0.weight"]["coreml_bytes"] == 512 // 8 + 256 * 2 + 225
+    assert rows["layers.1.weight"]["coreml_bytes"] == 128 * 2  # sparse would be larger
+    assert plan["total"]["dense_bytes"] == 512 * 4 + 128 * 2 + 8 * 4 + 80 * 4
+    assert plan["total"]["coreml_bytes"] == 64 + 512 + 225 + 256 + 16 + 160
+    assert plan["file_bytes"] == checkpoint.stat().st_size
+    code, out, _ = run(capsys, "plan", checkpoint, "--nm", "2:4", "--leave", "head")
+    assert code == 0
+    assert "zeros: 320 of 640 entries in 2 tensors" in out
+    assert "'head' is set to None: head.weight" in out
+
+
+def test_a_plan_of_a_shared_count_is_exact_together_and_bounded_by_tensor(capsys, checkpoint):
+    """Defends against numbers that values decide."""
+    plan = found(capsys, "plan", checkpoint, "--sparsity", "0.9", "--scope", "global")
+    assert plan["total"]["zeros"] == 720 * 9 // 10
+    rows = {row["name"]: row["zeros"] for row in plan["tensors"]}
+    assert rows["layers.0.weight"] == [648 - 208, 512]
+    assert rows["head.weight"] == [8, 80]
+    pruned = apply_masks(dict(Checkpoint(checkpoint)), {})
+    masks = compute_masks(pruned, 0, Rule(0.9, pattern=purprune.Unstructured(scope="global")))
+    for name, mask in masks.items():
+        least, most = rows[name]
+        assert least <= int((~mask).sum()) <= most
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("sparsity", ["0.3", "2/3", "0.9", "1.0"])
+def test_a_plan_of_ragged_blocks_bounds_what_is_pruned(capsys, tmp_path, sparsity, dim):
+    """Defends the bounds: a ragged unit has fewer entries than a whole one."""
+    file = tmp_path / "x.safetensors"
+    generator = torch.Generator().manual_seed(1)
+    safetensors.save_file({"w": torch.randn(10, 7, generator=generator)}, file)
+    block = "4x1" if dim == 0 else "3x2"
+    plan = found(capsys, "plan", file, "--sparsity", sparsity, "--block", block)
+    out = tmp_path / "y.safetensors"
+    pruned = found(capsys, "prune", file, out, "--sparsity", sparsity, "--block", block)
+    zeros = plan["tensors"][0]["zeros"]
+    least, most = zeros if isinstance(zeros, list) else (zeros, zeros)
+    assert least <= pruned["zeros"] <= most <= 70
+
+
+def test_prune_writes_what_plan_said_and_inspect_finds_it(capsys, checkpoint, tmp_path):
+    """Defends the way from one command to the next."""
+    out = tmp_path / "pruned.safetensors"
+    words = ["--nm", "2:4", "--leave", "head", "--leave", "*.0"]
+    pruned = found(capsys, "prune", checkpoint, out, *words, "--masks", tmp_path / "m.safetensors")
+    config = PruneConfig(global_config=Rule(pattern=NM(2, 4)))
+    config = config.set_module_name("head", None).set_module_name("*.0", None)
+    params = dict(Checkpoint(checkpoint))
+    wanted = apply_masks(params, compute_masks(params, 0, config))
+    assert all(torch.equal(Checkpoint(out)[name], wanted[name]) for name in wanted)
+    assert (pruned["zeros"], pruned["entries"], pruned["resumed"]) == (64, 128, 0)
+    rows = {row["name"]: row for row in found(capsys, "inspect", out)["tensors"]}
+    assert rows["layers.1.weight"]["n_m"] == {"zeros": 2, "m": 4, "dim": 1}
+    assert rows["layers.0.weight"]["zeros"] == 0
+    code, text, err = run(capsys, "prune", checkpoint, out, *words, "--overwrite")
+    assert (code, err) == (0, "")
+    assert "64 of 128 (50.00 %) zero in 1 pruned tensors" in text
+
+
+def test_a_config_file_says_rules_and_the_end_of_its_schedules(capsys, checkpoint, tmp_path):
+    """Defends --config in plan, prune, schedule and config."""
+    yaml, out = tmp_path / "rules.yaml", tmp_path / "out.safetensors"
+    yaml.write_text(YAML)
+    assert found(capsys, "prune", checkpoint, out, "--config", yaml)["zeros"] == 256 + 64
+    at_0 = found(capsys, "prune", checkpoint, out, "--config", yaml, "--step", 0, "--overwrite")
+    assert at_0["zeros"] == 64
+    rules = found(capsys, "config", yaml, "--checkpoint", checkpoint)
+    assert list(rules["rules"]) == ["layers.0.weight", "layers.1.weight"]
+    assert PruneConfig.from_dict(rules["config"]) == PruneConfig.from_yaml(yaml)
+    schedules = found(capsys, "schedule", "--config", yaml)["schedules"]
+    assert [p["step"] for p in schedules["global_config"]] == [0, 10, 20, 30, 40]
+    assert schedules["global_config"][-1]["sparsity"] == 0.5
+    code, text, _ = run(capsys, "config", yaml)
+    assert code == 0
+    assert "layers.1" in text
+
+
+def test_a_config_that_is_none_is_told_by_its_key(capsys, tmp_path):
+    """Defends the check of YAML files."""
+    yaml = tmp_path / "rules.yaml"
+    yaml.write_text("global_config: {target_sparsty: 0.5}")
+    assert "Did you mean 'target_sparsity'" in refused(capsys, "config", yaml)
+    yaml.write_text("a: [")
+    assert "Expected YAML" in refused(capsys, "config", yaml)
+
+
+def test_the_schema_is_json(capsys):
+    """Defends editors."""
+    code, out, _ = run(capsys, "config", "--schema")
+    assert code == 0
+    assert "module_name_configs" in json.loads(out)["properties"]
+
+
+def test_a_schedule_is_drawn_in_the_terminal_and_as_a_picture(capsys, tmp_path):
+    """Defends the chart: its ends, and that it rises."""
+    pytest.importorskip("matplotlib")
+    words = ["schedule", "--begin", 0, "--end", 800, "--frequency", 100, "--target", 0.8]
+    code, out, _ = run(capsys, *words, "--png", tmp_path / "ramp.png")
+    assert code == 0
+    bars = [line.partition("│")[2].rstrip() for line in out.splitlines() if "│" in line]
+    filled = [len(bar.replace(" ", "")) for bar in bars]
+    assert len(bars) == 12
+    assert filled == sorted(filled)
+    assert filled[0] > 0
+    assert "0.00% at step 0, 80.00% from step 800 on, in 9 updates" in out
+    assert (tmp_path / "ramp.png").read_bytes().startswith(b"\x89PNG")
+    points = found(capsys, *words)["schedules"]["schedule"]
+    assert [p["sparsity"] for p in points[:2]] == [0.0, 0.2640625]
+
+
+def test_a_state_dict_of_torch_is_inspected(capsys, tmp_path):
+    """Defends .pt files: nested dicts, and nothing that would have to be unpickled."""
+    file = tmp_path / "model.pt"
+    torch.save({"step": 3, "model": {"w": torch.eye(4)}}, file)
+    (row,) = found(capsys, "inspect", file)["tensors"]
+    assert (row["name"], row["zeros"], row["entries"]) == ("model.w", 12, 16)
+    torch.save({"model": torch.nn.Linear(2, 2)}, file)
+    assert "Expected tensors in dicts, saved by torch.save" in refused(capsys, "inspect", file)
+    file.write_bytes(b"no archive")
+    assert "Expected tensors in dicts, saved by torch.save" in refused(capsys, "inspect", file)
+    torch.save([1], file)
+    assert "got a list" in refused(capsys, "inspect", file)
+
+
+def test_the_demo_prunes_exactly_and_keeps_its_accuracy(capsys):
+    """Defends the first look: counts as the config says, and a network that still works."""
+    pytest.importorskip("sklearn")
+    result = found(capsys, "demo")
+    rows = result["pruning"]["parameters"]
+    zeros = {name: row["zeros"] for name, row in rows.items()}
+    assert zeros == {"conv.weight": 75, "dense.weight": 1536}
+    assert result["accuracy"]["pruned"] > 90
+    assert result["problems"] == []
+
+
+def test_the_demo_names_its_extra(capsys, monkeypatch):
+    """Defends the message where scikit-learn is missing."""
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "purprune[examples]" in refused(capsys, "demo")
+
+
+def test_the_command_line_names_its_extra_where_typer_is_missing(capsys, monkeypatch):
+    """Defends an installation without the extra: one line, exit code 2."""
+    monkeypatch.setitem(sys.modules, "typer", None)
+    for name in [name for name in sys.modules if name.startswith("purprune_adapters.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert "purprune[cli]" in refused(capsys, "plan")
+
+
+def test_it_runs_as_a_process(checkpoint):
+    """Defends the entry point: JSON on stdout alone, exit codes, and no traceback."""
+    command = [sys.executable, "-m", "purprune_adapters.cli"]
+    words = ["plan", str(checkpoint), "--sparsity", "0.5", "--json"]
+    good = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert json.loads(good.stdout)["total"]["zeros"] == 360
