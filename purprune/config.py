@@ -182,17 +182,26 @@ class Rule:
         self._refuse_idle_exchange()
 
     def _refuse_idle_exchange(self) -> None:
-        """Refuse an exchange of which the whole numbers in small groups leave nothing."""
+        """Refuse an exchange of which whole numbers leave nothing, or that a cap forbids."""
         group, regrow = self.pattern.group, self.regrow
-        if not isinstance(regrow, Regrow) or not isinstance(group, EveryGroup | TransposableGroup):
+        if not isinstance(regrow, Regrow):
             return
-        kept = group.m - group.zeros
-        if kept and regrow.fraction and exact(regrow.fraction) * kept < 1:
-            raise ValueError(
-                f"expected a fraction of at least 1/{kept}, which exchanges one of the {kept} that "
-                f"are kept in {group.m}; got regrow.fraction={regrow.fraction}, which exchanges "
-                f"none. Where it decays, exchanges end when it falls below."
-            )
+        first = regrow.fraction_at(regrow.every)
+        if isinstance(group, EveryGroup | TransposableGroup) and group.m > group.zeros:
+            kept = group.m - group.zeros
+            if first * kept < 1:
+                raise ValueError(
+                    f"expected a fraction of at least 1/{kept} at the first exchange, which moves "
+                    f"one of the {kept} that are kept in {group.m}; got {float(first):.3g} there. "
+                    f"A cosine decays: raise regrow.fraction, or take decay='constant'."
+                )
+        if isinstance(group, GlobalGroup) and isinstance(self.schedule, Ramp):
+            highest = self.target + first * (1 - self.target)
+            if highest > exact(group.max_sparsity):
+                raise ValueError(
+                    f"expected max_sparsity of at least {float(highest):.4g} with regrow, which "
+                    f"prunes so much before units come back; got {group.max_sparsity}."
+                )
 
     def _refuse_beyond_caps(self) -> None:
         group = self.pattern.group

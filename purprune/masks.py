@@ -108,21 +108,31 @@ def iter_masks(
     shapes = described(params)
     step = check_step(step)
     rules = select(as_config(cfg), shapes).rules
-    for what, given in (("prev", prev), ("floor", floor), ("grads", grads), ("stats", stats)):
-        if given is not None and not isinstance(given, Mapping):
-            raise TypeError(f"Expected {what} as a dict by name; got {type(given).__name__}.")
+    check_given(shapes, prev=prev, floor=floor, grads=grads, stats=stats)
     inputs = Inputs(
         params, step, dict(prev or {}), dict(floor or {}), dict(grads or {}), dict(stats or {})
     )
-    for masks in inputs.given.values():
-        _refuse_strangers("masks", masks, shapes)
-    _refuse_strangers("statistics", inputs.stats, shapes)
-    for name, found in inputs.stats.items():
-        if not isinstance(found, Mapping):
-            got = type(found).__name__
-            raise TypeError(f"Expected stats[{name!r}] as a dict by statistic; got {got}.")
     sparsities = sparsities_at(rules, shapes, step)
     return _masks(rules, sparsities, shared_groups(rules, shapes, sparsities), inputs)
+
+
+def check_given(shapes: Mapping[str, Tensor], **given: Mapping[str, Any] | None) -> None:
+    """Raise unless ``prev``, ``floor``, ``grads`` and ``stats`` are of parameters that are there.
+
+    Gradients may have other names besides: those of a whole model.
+    """
+    for what, values in given.items():
+        if values is not None and not isinstance(values, Mapping):
+            raise TypeError(f"Expected {what} as a dict by name; got {type(values).__name__}.")
+        if values and what != "grads":
+            _refuse_strangers("statistics" if what == "stats" else "masks", values, shapes)
+    for name, found in (given.get("stats") or {}).items():
+        if not isinstance(found, Mapping):
+            got = type(found).__name__
+            raise TypeError(
+                f"Expected stats[{name!r}] as a dict by statistic, such as "
+                f"{{'input_norm': tensor}}; got {got}."
+            )
 
 
 @torch.no_grad()

@@ -71,6 +71,11 @@ class Regrow:
                 "exchanged; got None. Three quarters of the training are usual; or "
                 "decay='constant'."
             )
+        if self.end_step is not None and self.every >= self.end_step:
+            raise ValueError(
+                f"expected every < end_step, or nothing is ever exchanged; got every={self.every} "
+                f"and end_step={self.end_step}."
+            )
 
     def changes_at(self, step: int) -> bool:
         """Tell whether units are exchanged at ``step``."""

@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purprune.allocations import OwnTarget
 from purprune.config import PruneConfig, Rule, as_config
-from purprune.masks import check_step, compute_masks
+from purprune.masks import check_given, check_step, compute_masks
+from purprune.phases import Alternating
+from purprune.ramps import Ramp
 from purprune.regrow import Regrow, StraightThrough
+from purprune.scores import needs_of
+from purprune.scoring import check_mask
 from purprune.selection import described, select
+from purprune.totals import sparsities_at
+from purprune.values import exact
 
 Compute = Callable[..., dict[str, Tensor]]
 
@@ -37,7 +44,9 @@ def update_masks(
     - :class:`Regrow` prunes more than the schedule asks for, and lets the highest come back;
     - :class:`StraightThrough` chooses among all entries of ``params``, the dense weights.
 
-    In every group exactly ``floor(units * sparsity(step))`` units are pruned afterwards.
+    In every group exactly ``floor(units * sparsity(step))`` units are pruned afterwards. Where a
+    gradient holds inf or NaN, as in a step that mixed precision skips, nothing comes back by
+    gradients at this update.
 
     Args:
         params: the weights as the optimizer left them; for StraightThrough the dense ones.
@@ -59,26 +68,45 @@ def update_masks(
     (4, False)
     """
     given = {"floor": floor, "grads": grads, "stats": stats}
-    return updated(compute_masks, params, masks, step, cfg, **given)
+    return updated(compute_masks, _not_finite, params, masks, step, cfg, **given)
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> int:
+    return sum(int((~tensor.isfinite()).sum()) for tensor in tensors.values())
 
 
 @torch.no_grad()
 def updated(
     compute: Compute,
+    not_finite: Callable[[dict[str, Tensor]], int],
     params: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     step: int,
     cfg: PruneConfig | Rule | Mapping[str, Any],
     **given: Mapping[str, Any] | None,
 ) -> dict[str, Tensor]:
-    """Return what :func:`update_masks` does, by another function than :func:`compute_masks`."""
-    step = check_step(step)
-    rules = select(as_config(cfg), described(params)).rules
+    """Return what :func:`update_masks` does, by another function than :func:`compute_masks`.
+
+    Args:
+        compute: makes masks as :func:`compute_masks` does.
+        not_finite: counts entries of gradients that are no finite numbers.
+        params: the weights, and so on, as :func:`update_masks` takes them.
+        masks: as there.
+        step: as there.
+        cfg: as there.
+        **given: ``floor``, ``grads`` and ``stats``.
+    """
+    step, shapes = check_step(step), described(params)
+    rules = select(as_config(cfg), shapes).rules
+    check_given(shapes, masks=masks, **given)
+    for name in rules.keys() & masks.keys():
+        check_mask(name, masks[name], shapes[name])
     due = _due(rules, masks, step)
-    pruned = _computed(compute, {n: _pruning(r, n in masks, step) for n, r in due.items()},
-                       params, step, _before(due, masks), given)  # fmt: skip
-    growing = {n: _growing(r, step) for n, r in due.items() if n in masks and exchanges(r, step)}
-    grown = _computed(compute, growing, params, step, pruned, given)
+    deciding = _exchanged(due, masks, step, given.get("grads") or {})
+    held_back = deciding if deciding and not_finite(deciding) else {}
+    going, coming = _phases(due, masks, step, sparsities_at(due, shapes, step), held_back)
+    pruned = _computed(compute, going, params, step, _before(due, masks), given)
+    grown = _computed(compute, coming, params, step, pruned, given)
     found = {**masks, **pruned, **grown}
     return {name: found[name] for name in rules}
 
@@ -88,15 +116,28 @@ def exchanges(rule: Rule, step: int) -> bool:
     return isinstance(rule.regrow, Regrow) and rule.regrow.changes_at(step)
 
 
+def by_gradient(rule: Rule) -> bool:
+    """Tell whether gradients decide what comes back."""
+    return isinstance(rule.regrow, Regrow) and "gradient" in needs_of(rule.regrow.score)
+
+
 def comes_back(rule: Rule, step: int) -> bool:
     """Tell whether pruned entries may come back at ``step``, as zeros."""
     falls = step > 0 and rule.sparsity_at(step) < rule.sparsity_at(step - 1)
     return exchanges(rule, step) or (falls and not isinstance(rule.regrow, StraightThrough))
 
 
+def may_come_back(rule: Rule) -> bool:
+    """Tell whether pruned entries may ever come back; of a callable schedule it is not known."""
+    schedule = rule.schedule
+    falls = isinstance(schedule, Ramp) and exact(rule.initial_sparsity) > rule.target
+    return rule.regrow is not None or isinstance(schedule, Alternating) or falls
+
+
 def needs_whole_gradient(rule: Rule, step: int) -> bool:
     """Tell whether pruned entries need the gradient that is there when ``step`` is counted."""
-    return isinstance(rule.regrow, StraightThrough) or exchanges(rule, step)
+    straight = isinstance(rule.regrow, StraightThrough)
+    return straight or (exchanges(rule, step) and by_gradient(rule))
 
 
 def _due(rules: Mapping[str, Rule], masks: Mapping[str, Tensor], step: int) -> dict[str, Rule]:
@@ -114,23 +155,37 @@ def _before(due: Mapping[str, Rule], masks: Mapping[str, Tensor]) -> dict[str, T
     }
 
 
-def _pruning(rule: Rule, has_mask: bool, step: int) -> Rule:
-    """Return the rule by which units go at ``step``."""
-    regrow = rule.regrow
-    if not isinstance(regrow, Regrow):
-        return rule
-    if not has_mask:
-        return replace(rule, score=regrow.start)
-    if not regrow.changes_at(step):
-        return rule
-    sparsity = rule.sparsity_at(step)
-    return _held(rule, sparsity + regrow.fraction_at(step) * (1 - sparsity))
+def _exchanged(
+    due: Mapping[str, Rule], masks: Mapping[str, Tensor], step: int, grads: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return the gradients by which units come back at ``step``."""
+    return {
+        name: grads[name]
+        for name, rule in due.items()
+        if name in masks and exchanges(rule, step) and by_gradient(rule)
+        if grads.get(name) is not None
+    }
 
 
-def _growing(rule: Rule, step: int) -> Rule:
-    """Return the rule by which units come back: of those that are gone, the highest."""
-    assert isinstance(rule.regrow, Regrow)
-    return replace(_held(rule, rule.sparsity_at(step)), score=rule.regrow.score_at(step))
+def _phases(
+    due: Mapping[str, Rule],
+    masks: Mapping[str, Tensor],
+    step: int,
+    sparsities: Mapping[str, Fraction],
+    held_back: Mapping[str, Any],
+) -> tuple[dict[str, Rule], dict[str, Rule]]:
+    """Return the rules by which units go, and then those by which units come back."""
+    going, coming = dict(due), {}
+    for name, rule in due.items():
+        regrow, s = rule.regrow, sparsities[name]
+        if not isinstance(regrow, Regrow):
+            continue
+        if name not in masks:
+            going[name] = replace(rule, score=regrow.start)
+        elif regrow.changes_at(step) and name not in held_back:
+            going[name] = _held(rule, s + regrow.fraction_at(step) * (1 - s))
+            coming[name] = replace(_held(rule, s), score=regrow.score_at(step))
+    return going, coming
 
 
 def _computed(
@@ -159,16 +214,22 @@ def _of(names: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Held:
-    """A schedule with one sparsity."""
+    """A schedule with one sparsity. Rules share with each other what they did before."""
 
     sparsity: Fraction
+    of: Rule
 
     def __call__(self, step: int) -> Fraction:
         return self.sparsity
 
 
 def _held(rule: Rule, sparsity: Fraction) -> Rule:
-    """Return the rule with one sparsity at every step, whatever its pattern's own is."""
+    """Return the rule with one sparsity for each of its tensors, whatever its pattern's own is."""
     return replace(
-        rule, schedule=_Held(sparsity), target_sparsity=None, initial_sparsity=0.0, regrow=None
+        rule,
+        schedule=_Held(sparsity, rule),
+        target_sparsity=None,
+        initial_sparsity=0.0,
+        budget=OwnTarget(),
+        regrow=None,
     )

@@ -18,6 +18,7 @@ from purprune import (
     Block,
     Channel,
     ConfigError,
+    GlobalGroup,
     Kernel,
     PolynomialDecay,
     PruneConfig,
@@ -54,14 +55,14 @@ def test_an_exchange_is_two_stable_sorts(pattern, grow):
     """Defends the definition: prune to s + f (1 - s) within what is kept, then let k stay gone."""
     shape = (8, 8, 3) if isinstance(pattern.group, TransposableGroup) else (10, 7, 3)
     w, g = values(shape, 0), values(shape, 1)
-    exchange = Regrow(every=3, end_step=10, fraction=0.5, score=grow)
+    exchange = Regrow(every=3, end_step=10, fraction=0.7, score=grow)
     rule = Rule(target_of(pattern, 0.6), pattern=pattern, regrow=exchange)
     config = PruneConfig().set_module_name("w", rule)
     s = exact_sparsity(pattern, 0.6)
     first = update_masks({"w": w}, {}, 0, config)
     start = Random()(w, ScoreContext("w", 0))
     assert torch.equal(first["w"], prune_oracle(start, pattern, s))
-    f = Fraction("0.5") * Fraction(f"{(1 + math.cos(math.pi * 3 / 10)) / 2:.15f}")
+    f = Fraction("0.7") * Fraction(f"{(1 + math.cos(math.pi * 3 / 10)) / 2:.15f}")
     more = prune_oracle(w.abs(), pattern, s + f * (1 - s), first["w"])
     growth = g.abs() if grow == "gradient" else Random(3)(w, ScoreContext("w", 3))
     expected = prune_oracle(growth, pattern, s, more)
@@ -218,12 +219,21 @@ def test_a_new_tensor_brings_its_group_along():
     ("make", "says"),
     [
         (lambda: Regrow(), "expected end_step with decay='cosine'"),
+        (lambda: RigL(every=100, end_step=50), "expected every < end_step"),
+        (
+            lambda: Rule(
+                0.9,
+                pattern=Unstructured(scope=GlobalGroup(max_sparsity=0.92)),
+                regrow=RigL(end_step=900),
+            ),
+            "expected max_sparsity of at least 0.92",
+        ),
         (lambda: Regrow(every=0, end_step=5), "every"),
         (lambda: Regrow(fraction=30, end_step=5), "30"),
         (lambda: StraightThrough(decay=-1.0), "decay"),
         (
-            lambda: Rule(pattern=NM(2, 4), regrow=Regrow(end_step=9)),
-            "fraction of at least 1/2, which exchanges one of the 2 that are kept in 4",
+            lambda: Rule(pattern=NM(2, 4), regrow=RigL(end_step=900)),
+            "fraction of at least 1/2 at the first exchange, which moves one of the 2",
         ),
         (lambda: Rule(0.5, regrow="rigl"), "Regrow(...), StraightThrough(...)"),
         (lambda: Rule(0.5, regrow=RigL), "Regrow(...), StraightThrough(...)"),
@@ -277,3 +287,67 @@ def test_straight_through_is_apply_masks_forwards_and_dense_backwards():
     infinite = {"w": torch.tensor([torch.inf, 1.0], requires_grad=True)}
     masked = straight_through(infinite, {"w": torch.tensor([False, True])})["w"]
     assert masked.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("shared", [{"budget": "erk"}, {"pattern": Unstructured(scope="global")}])
+def test_only_equal_rules_share_in_an_exchange_too(shared):
+    """Defends totals of rules that differ in nothing but their seeds, at every step."""
+    params = {"a": values((8, 8), 0), "b": values((24, 24), 1)}
+    rules = {
+        name: Rule(0.5, regrow=RigL(every=2, end_step=9, seed=seed), **shared)
+        for seed, name in enumerate(params)
+    }
+    config, masks = PruneConfig(module_name_configs=rules), {}
+    for step in range(6):
+        grads = {name: values(p.shape, step) for name, p in params.items()}
+        masks = update_masks(params, masks, step, config, grads=grads)
+        assert [zeros({name: masks[name]}) for name in params] == [32, 288]
+
+
+def test_every_tensor_of_a_budget_exchanges_its_own_share():
+    """Defends RigL's drop: f of what is kept in each layer, those that ERK leaves dense too."""
+    generator = torch.Generator().manual_seed(0)
+    params = {f"w{i}": torch.randn(16, 16, generator=generator) for i in range(4)}
+    params["large"] = torch.randn(64, 64, generator=generator)
+    rule = Rule(0.4, budget="erk", regrow=SET(every=1, fraction=0.5))
+    masks = update_masks(params, {}, 0, rule)
+    later = update_masks(params, masks, 1, rule)
+    kept = int(masks["large"].sum())
+    assert all(bool(masks[f"w{i}"].all()) for i in range(4))
+    assert kept < 4096
+    for name, mask in masks.items():  # a few of those that went come back by chance
+        went = int((mask & ~later[name]).sum())
+        assert went <= int(mask.sum()) - math.floor(Fraction(int(mask.sum()), 2))
+    assert all(bool((masks[name] & ~later[name]).any()) for name in ("large",))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_gradients_that_are_not_finite_exchange_nothing_and_the_schedule_goes_on(bad):
+    """Defends a training in mixed precision whose scaler skips the step of an exchange."""
+    rule = Rule(0.9, PolynomialDecay([0, 5, 10]), 0.5, regrow=RigL(every=5, end_step=20))
+    params = {"w": values((10, 10), 0)}
+    masks = update_masks(params, {}, 0, rule)
+    grads = {"w": torch.full((10, 10), bad)}
+    later = update_masks(params, masks, 5, rule, grads=grads)
+    assert not bool((later["w"] & ~masks["w"]).any())
+    assert zeros(later) == math.floor(100 * rule.sparsity_at(5)) > zeros(masks)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"floor": {"wieght": torch.ones(4, 4, dtype=torch.bool)}}, KeyError, "Did you mean"),
+        ({"stats": {"wieght": {}}}, KeyError, "Did you mean"),
+        ({"floor": [1]}, TypeError, "Expected floor as a dict by name; got list"),
+        ({"masks": {"wieght": torch.ones(4, 4, dtype=torch.bool)}}, KeyError, "Did you mean"),
+        ({"masks": {"weight": torch.ones(3)}}, TypeError, "Expected a bool mask for 'weight'"),
+        ({"masks": {"weight": torch.ones(3, dtype=torch.bool)}}, ValueError, "shape (4, 4)"),
+        ({"masks": [1]}, TypeError, "Expected masks as a dict by name; got list"),
+    ],
+)  # fmt: skip
+def test_names_and_shapes_are_refused_as_compute_masks_refuses_them(given, error, says):
+    """Defends against masks, floors and statistics that nobody reads."""
+    masks = given.pop("masks", {})
+    with pytest.raises(error) as caught:
+        update_masks({"weight": torch.ones(4, 4)}, masks, 5, Rule(0.5, regrow=SET()), **given)
+    assert says in str(caught.value)

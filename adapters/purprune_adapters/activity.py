@@ -50,9 +50,13 @@ class Activity:
         """Remember the parameters as step() leaves them."""
         self._left = _versions(params)
 
+    def has_moved(self, params: Mapping[str, Tensor]) -> bool:
+        """Tell whether a parameter was written to since step() left it."""
+        return _versions(params) != self._left
+
     def count(self, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
         """Count one call of step(), and warn once when all or most of them find nothing new."""
-        moved = _versions(params) != self._left
+        moved = self.has_moved(params)
         self.moved, self.still = self.moved + moved, self.still + (not moved)
         if self._warned or self.still <= _SKIPPED or self.still < self.moved:
             return

@@ -5,13 +5,16 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from purprune import Rule, SelectionError
+from purprune import Rule, SelectionError, StraightThrough
+from purprune.masks import check_given
 from purprune.ranking import nan_error
 from purprune.totals import sparsities_at
+from purprune.updating import by_gradient, exchanges
 from purprune_adapters.activity import untrained
 from purprune_adapters.distributed import counted, fsdp_modules
 from purprune_adapters.hooks import MaskHook
@@ -44,10 +47,57 @@ def refuse_regrow_without(
             )
 
 
+def refuse_unfit_options(
+    params: Mapping[str, Tensor], rules: Mapping[str, Rule], stats: Any, mask_optimizer_state: bool
+) -> None:
+    """Raise when statistics are of no pruned parameter, or options contradict ``regrow``."""
+    if not isinstance(stats, Mapping):
+        raise TypeError(f"Expected stats as a dict by parameter; got {type(stats).__name__}.")
+    check_given(params, stats=stats)
+    for name, rule in rules.items():
+        if by_gradient(rule) and not params[name].requires_grad:
+            raise ValueError(
+                f"Expected parameters that are trained where gradients decide what comes back; "
+                f"{name!r} is frozen. Set it to None, or give it a rule without regrow."
+            )
+        if isinstance(rule.regrow, StraightThrough) and mask_optimizer_state:
+            raise ValueError(
+                f"Expected mask_optimizer_state=False with StraightThrough, which trains pruned "
+                f"entries too; got True, and such a rule for {name!r}."
+            )
+
+
+def refuse_another_optimizer(params: Mapping[str, Tensor]) -> None:
+    """Raise when weights were trained, and not by the optimizer that is followed."""
+    if any(param.grad is not None for param in params.values()):
+        raise RuntimeError(
+            "Expected steps of the optimizer that the Pruner follows; the weights moved without "
+            "one. Tell it of a new one: pruner.follow(optimizer)."
+        )
+
+
+def refuse_zero_gradients(
+    rules: Mapping[str, Rule], params: Mapping[str, Tensor], step: int
+) -> None:
+    """Raise when gradients decide what comes back at a step, and all of them are zero."""
+    found = {name: params[name].grad for name, r in rules.items() if exchanges(r, step)}
+    grads = {n: g for n, g in found.items() if g is not None and by_gradient(rules[n])}
+    if grads and not any(counted(grads, lambda _, g: int(torch.count_nonzero(g))).values()):
+        raise ValueError(
+            f"Expected gradients at step {step}, by which entries come back; all are zero. Call "
+            f"pruner.step() after loss.backward() and before zero_grad()."
+        )
+
+
 def refuse_unfit_parameters(
     params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Raise when a parameter has no memory of its own, or the optimizer does not hold it."""
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"Expected an optimizer of torch.optim; got {type(optimizer).__name__}. Pass the "
+            f"object, such as torch.optim.AdamW(model.parameters())."
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else {}
     for name, param in params.items():
         if param.is_meta:

@@ -62,6 +62,11 @@ def counted(tensors: Mapping[str, Tensor], count: Callable[[str, Tensor], int]) 
     return {name: n for name, (n,) in summed(own, tensors).items()}
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> int:
+    """Count entries that are inf or NaN; where tensors are sharded it is a collective call."""
+    return sum(counted(tensors, lambda _, tensor: int((~tensor.isfinite()).sum())).values())
+
+
 def summed(counts: Mapping[str, list[int]], tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """Sum counts by name over the processes that hold different parts of the tensors."""
     if not any(map(is_sharded, tensors.values())):

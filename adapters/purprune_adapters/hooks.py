@@ -40,6 +40,8 @@ class MaskStore:
     def __init__(self, token: str, mask_gradients: bool) -> None:
         """Make an empty store; the token tells the hooks of one pruner from another's."""
         self.token = token
+        self.passing: frozenset[str] = frozenset()
+        """Parameters whose entries may come back: a copy does not keep what is masked now."""
         self.mask_gradients = mask_gradients
         self.masks: dict[str, Tensor] = {}
         self.whole_gradients: frozenset[str] = frozenset()
@@ -49,8 +51,13 @@ class MaskStore:
         self._clean_gradients: dict[str, Seen] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is known of parameters: a copy has parameters of its own."""
-        return {**self.__dict__, "_clean": {}, "_clean_gradients": {}, "_hooked": {}}
+        """Leave out what is known of parameters: a copy has parameters of its own.
+
+        Masks that pass would write zeros into a copy, such as an average, that has none there.
+        """
+        lasting = {name: mask for name, mask in self.masks.items() if name not in self.passing}
+        known: dict[str, Any] = {"_clean": {}, "_clean_gradients": {}, "_hooked": {}}
+        return {**self.__dict__, **known, "masks": lasting}
 
     def renew(self, masks: Mapping[str, Tensor]) -> None:
         """Take new masks; what was known of the old ones is forgotten."""

@@ -100,11 +100,12 @@ class PruningCallback(Callback):  # type: ignore[misc]  # the base is not follow
                 f"prune a model that was trained without pruning, load its weights and fit without "
                 f"ckpt_path."
             )
-        self._training.follow(next(iter(trainer.optimizers), None))
+        self._training.follow(pl_module, trainer.optimizers)
         self._begin(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer; a tuner may have replaced it, and loaded a state, by now."""
+        self._training.follow(pl_module, trainer.optimizers)
         self._begin(pl_module)
         self._unfollow()
         if (optimizer := self._counted(trainer.optimizers)) is not None:

@@ -90,9 +90,17 @@ class Memory:
             if f"{stats[0]}.{name}" in self.tensors
         }
 
+    def bring(self, params: Mapping[str, Tensor]) -> None:
+        """Follow the parameters to their devices; dense weights have their dtype too."""
+        for key, name, what in self.items():
+            param, tensor = params[name], self.tensors[key]
+            dtype = param.dtype if what == DENSE else tensor.dtype
+            self.tensors[key] = tensor.to(param.device, dtype)
+
     @torch.no_grad()
     def refresh(self, params: Mapping[str, Tensor], store: MaskStore) -> None:
         """Take over what was written to the kept entries since the optimizer's step."""
+        self.bring(params)
         for name in self._decays:
             if store.changed(name, params[name]):
                 self.tensors[f"{DENSE}.{name}"].copy_(self._dense(name, params[name], store))
@@ -104,17 +112,29 @@ class Memory:
             params[name].copy_(self.tensors[f"{DENSE}.{name}"])
 
     @torch.no_grad()
-    def before_step(self, params: Mapping[str, Tensor], store: MaskStore) -> None:
-        """Make the weights dense, decay those that are masked, and add to the sums."""
+    def before_step(
+        self, params: Mapping[str, Tensor], store: MaskStore, scale: float = 1.0
+    ) -> None:
+        """Make the weights dense, add to the sums, and decay the weights that are masked.
+
+        Gradients are ``scale`` times as large as they should be, where an optimizer divides them
+        by itself; a scale of 0 is a step that will be skipped.
+        """
+        self.bring(params)
+        for name in self._decays:
+            params[name].copy_(self._dense(name, params[name], store))
+        if scale == 0:
+            return
         for name, stats in self._sums.items():
             sums = {stat: self.tensors[f"{stat}.{name}"] for stat in stats}
-            for stat, total in accumulate(sums, params[name], params[name].grad).items():
+            param, grad = params[name], params[name].grad
+            by_one = grad if grad is None or scale == 1 else grad / scale
+            for stat, total in accumulate(sums, param, by_one).items():
                 self.tensors[f"{stat}.{name}"] = total
         for name, decay in self._decays.items():
             param = params[name]
-            param.copy_(self._dense(name, param, store))
             if decay and param.grad is not None:
-                param.grad.add_(pull(param, store.mask_for(name, param), decay))
+                param.grad.add_(pull(param, store.mask_for(name, param), decay * scale))
 
     @torch.no_grad()
     def after_step(self, params: Mapping[str, Tensor], store: MaskStore) -> None:
@@ -123,9 +143,33 @@ class Memory:
             self.tensors[f"{DENSE}.{name}"].copy_(params[name])
             store.apply_(name, params[name])
 
+    def refuse_sparse_gradients(self, params: Mapping[str, Tensor]) -> None:
+        """Raise when a gradient that is read is sparse; nothing is changed yet."""
+        for _, name, _ in self.items():
+            grad = params[name].grad
+            if grad is not None and grad.layout is not torch.strided:
+                raise ValueError(
+                    f"Expected a strided gradient of {name!r}; got {grad.layout}. Make its layer "
+                    f"with sparse=False, or set {name!r} to None."
+                )
+
     def _dense(self, name: str, param: Tensor, store: MaskStore) -> Tensor:
         """Return the kept entries as they are now, and the others as they are remembered."""
         return torch.where(store.mask_for(name, param), param, self.tensors[f"{DENSE}.{name}"])
+
+
+def loss_scale(optimizer: Optimizer) -> float:
+    """Return by what a fused optimizer divides its gradients in this step; 0 when it skips it.
+
+    A GradScaler tells these optimizers, which undo the scale themselves, and calls them even for a
+    step that they are to skip.
+    """
+    found, scaler = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    if found is not None and bool(found):
+        return 0.0
+    if scaler is None:
+        return 1.0
+    return float(scaler.get_scale() if hasattr(scaler, "get_scale") else scaler)
 
 
 class MemoryHooks:
@@ -151,13 +195,17 @@ class MemoryHooks:
             handle.remove()
 
     @_disable_dynamo
-    def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):
             raise ValueError(
                 "Expected optimizer.step() without a closure, which would run the model on dense "
                 "weights, or add to statistics twice. Call backward() before step()."
             )
-        self._memory.before_step(self._params(), self._store)
+        params = self._params()
+        self._memory.refuse_sparse_gradients(params)
+        self._memory.before_step(params, self._store, loss_scale(optimizer))
 
     @_disable_dynamo
     def _after(self, *_: Any) -> None:

@@ -17,18 +17,21 @@ import purprune
 from purprune import Plan, PruneConfig, Rule
 from purprune.config import as_config
 from purprune.totals import sparsities_at
-from purprune.updating import comes_back, needs_whole_gradient
+from purprune.updating import comes_back, may_come_back, needs_whole_gradient
 from purprune_adapters.activity import Activity
 from purprune_adapters.checkpoint import Held, pack_state, unpack_state
 from purprune_adapters.checks import (
     refuse_another_model,
+    refuse_another_optimizer,
     refuse_copy,
     refuse_finalized,
     refuse_nan,
     refuse_options_without,
     refuse_regrow_without,
     refuse_two_pruners,
+    refuse_unfit_options,
     refuse_unfit_parameters,
+    refuse_zero_gradients,
     require_prepared,
     warn_unless_over,
 )
@@ -133,7 +136,8 @@ class Pruner:
         if masks is not None and keep_zeros:
             raise ValueError("Expected masks or keep_zeros=True; got both. Give the masks alone.")
         refuse_unfit_parameters(self._params(), optimizer)
-        self._stats = dict(stats or {})
+        self._stats = {} if stats is None else stats
+        refuse_unfit_options(self._params(), selection.rules, self._stats, mask_optimizer_state)
         self._memory = Memory(selection.rules, self._stats)
         refuse_regrow_without(optimizer, selection.rules, bool(self._memory))
         self._step = 0
@@ -142,6 +146,7 @@ class Pruner:
         self._regrowing = {name: r for name, r in self._rules.items() if r.regrow is not None}
         self._activity = Activity()
         self._store = MaskStore(uuid.uuid4().hex, mask_gradients)
+        self._store.passing = frozenset(n for n, r in self._rules.items() if may_come_back(r))
         self._keeper: ZeroKeeper | None = None
         self._memory_hooks: MemoryHooks | None = None
         self._loaded: Held | None = None
@@ -226,6 +231,20 @@ class Pruner:
         self._phase, self._loaded = "prepared", None
         return self._given
 
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Follow another optimizer from now on, such as one that was made anew in mid-training.
+
+        Raises:
+            ValueError: it does not hold a pruned parameter.
+            RuntimeError: after ``finalize(inplace=True)``.
+        """
+        refuse_finalized("follow", self._phase)
+        refuse_unfit_parameters(self._params(), optimizer)
+        self._detach()
+        self._optimizer = optimizer
+        if self._phase == "prepared":
+            self._attach()
+
     @_disable_dynamo  # counting and ranking are no graphs; around them all may be compiled
     def step(self) -> None:
         """Count one optimizer step: renew the masks where the schedule says so, and apply them.
@@ -238,6 +257,10 @@ class Pruner:
         """
         require_prepared("step", self._phase)
         params = self._params()
+        if self._memory_hooks is not None or self._regrowing:
+            has_stepped = self._keeper is not None and self._keeper.has_stepped
+            if not has_stepped and self._activity.has_moved(params):
+                refuse_another_optimizer(params)
         # Its warning may be an error: nothing is changed yet.
         self._activity.count(params, self._store.masks)
         step = self._step + 1
@@ -281,7 +304,8 @@ class Pruner:
             write_zeros_(params[name], self._store.mask_for(name, params[name]))
         remove_forward_hooks(final, self._store.token)
         if final is self.model:
-            self._remove_handles()
+            self._store.release()
+            self._detach()
             self._phase = "finalized"
         return final
 
@@ -328,11 +352,14 @@ class Pruner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the hooks of the optimizer: it is copied and pickled without them."""
-        return {**self.__dict__, "_keeper": None, "_memory_hooks": None}
+        masks = dict(self._store.masks)  # of which the store leaves out some
+        return {**self.__dict__, "_keeper": None, "_memory_hooks": None, "_masks": masks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Attach a copy to the copy of its optimizer."""
+        masks = state.pop("_masks")
         self.__dict__.update(state)
+        self._store.masks.update(masks)
         if self._phase == "prepared":
             self._attach()
 
@@ -374,6 +401,7 @@ class Pruner:
 
     def _move_on(self, params: Mapping[str, Tensor], step: int, due: Mapping[str, Rule]) -> None:
         """Take the masks of a step; entries that come back do so as zero, without a state."""
+        refuse_zero_gradients(due, params, step)
         back = [name for name, rule in due.items() if comes_back(rule, step)]
         self._memory.refresh(params, self._store)
         masks = self._targets.updated(step, due, self._held(), self._memory, self._stats)
@@ -413,8 +441,8 @@ class Pruner:
         if self._keeper is not None:
             self._keeper.masks_changed(masks)
 
-    def _remove_handles(self) -> None:
-        self._store.release()
+    def _detach(self) -> None:
         for hooks in (self._memory_hooks, self._keeper):
             if hooks is not None:
                 hooks.remove()
+        self._memory_hooks = self._keeper = None

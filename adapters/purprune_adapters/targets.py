@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from purprune import PruneConfig, Rule
 from purprune.updating import updated
 from purprune_adapters.checkpoint import Held
-from purprune_adapters.distributed import brought, computing, reshard
+from purprune_adapters.distributed import brought, computing, not_finite, reshard
 from purprune_adapters.memory import Memory
 
 
@@ -48,6 +48,7 @@ class Targets:
         sums = memory.stats()
         return updated(
             computing(params),
+            not_finite,
             memory.seen_by_masks(params),
             masks,
             step,

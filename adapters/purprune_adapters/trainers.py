@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from purprune.config import as_config
 from purprune_adapters.hooks import MaskHook
 from purprune_adapters.memory import follows_optimizer
 from purprune_adapters.pruner import Pruner
+from purprune_adapters.resolve import resolve
 from purprune_adapters.trackers import Record, SparsityLog
 
 
@@ -53,10 +54,18 @@ class PrunedTraining:
             raise RuntimeError("Expected a training that began; the pruner is made when it does.")
         return self._pruner
 
-    def follow(self, optimizer: Optimizer | None) -> None:
-        """Take the optimizer, for rules that follow one: regrow, and sums over the steps."""
-        follow = any(map(follows_optimizer, self.config.rules.values()))
-        self._optimizer = optimizer if follow else None
+    def follow(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        """Take the optimizer of pruned parameters, for rules that follow one."""
+        if not any(map(follows_optimizer, self.config.rules.values())):
+            return
+        names = resolve(model, self.config).module_name_configs
+        pruned = {id(model.get_parameter(name)) for name in names}
+        for optimizer in optimizers:
+            if any(id(p) in pruned for group in optimizer.param_groups for p in group["params"]):
+                self._optimizer = optimizer
+                if self.live and self.pruner.model is model:
+                    self.pruner.follow(optimizer)
+                return
 
     def begin(self, model: nn.Module, state: Mapping[str, Any] | None) -> None:
         """Prune the model in place, from the state, from where it was before, or from step 0."""

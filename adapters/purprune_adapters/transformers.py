@@ -108,7 +108,8 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # the base is not
                 "the pruner does not support. Use DDP, or prune before or after the training."
             )
         model = _plain(model)
-        self._training.follow(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self._training.follow(model, [] if inner is None else [inner])
         loaded = self._read(self._resumed_folder(args, state), model) if state.global_step else None
         self._training.begin(model, loaded)
 

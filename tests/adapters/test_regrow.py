@@ -17,6 +17,7 @@ from purprune import (
     NM,
     SET,
     Alternating,
+    ConstantSparsity,
     PolynomialDecay,
     Regrow,
     RigL,
@@ -39,6 +40,9 @@ RULES = {
     "SR-STE 2:4": Rule(pattern=NM(2, 4), regrow=StraightThrough(every=2, decay=0.05)),
     "gradual STE": Rule(0.8, PolynomialDecay([2, 5, 8]), regrow=StraightThrough(every=3)),
     "AC/DC": Rule(0.8, Alternating(2, sparse_steps=3, dense_steps=2, end_step=10)),
+    "STE by movement": Rule(
+        0.7, ConstantSparsity(2), score="movement", regrow=StraightThrough(every=2, decay=0.1)
+    ),
     "movement": Rule(0.8, PolynomialDecay([2, 5, 8]), score="movement"),
 }
 OPTIMIZERS = {
@@ -92,7 +96,7 @@ class Fold:
 
     def update(self, step: int) -> dict[str, Tensor]:
         grads = {name: p.grad for name, p in self.params.items()}
-        stats = self.sums if self.rule is RULES["movement"] else None
+        stats = self.sums if "movement" in str(self.rule.score) else None
         masks = getattr(self, "masks", {})
         return update_masks(self.dense, masks, step, self.config, grads=grads, stats=stats)
 
@@ -109,7 +113,7 @@ class Fold:
         params = self.params
         if self.is_straight:
             self.write({name: self.dense[name] for name in self.masks})
-            params = straight_through(params, self.masks, decay=self.rule.regrow.decay)
+            params = straight_through(params, self.masks)
         nn.functional.cross_entropy(functional_call(self.model, params, x), y).backward()
         exchanges = isinstance(self.rule.regrow, Regrow) and self.rule.regrow.changes_at(step)
         with torch.no_grad():
@@ -118,6 +122,8 @@ class Fold:
                 if not self.is_straight and not exchanges:
                     grad.masked_fill_(~mask, 0)
                 self.sums[name] = accumulate(self.sums[name], self.params[name], grad)
+                if self.is_straight:
+                    grad += self.rule.regrow.decay * self.dense[name].masked_fill(mask, 0)
         self.optimizer.step()
         self.dense = {name: p.detach().clone() for name, p in self.params.items()}
         masked = apply_masks(self.dense, self.masks)
@@ -317,3 +323,153 @@ def test_a_damaged_memory_is_refused_and_changes_nothing(change):
         pruner.load_state_dict(state)
     after = pruner.state_dict()
     assert all(torch.equal(after["memory"][key], t) for key, t in before["memory"].items())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["movement", "SR-STE 2:4", "RigL"])
+def test_mixed_precision_changes_nothing_but_by_rounding(name: str, fused: bool):
+    """Defends sums and decays against a loss scale that fused optimizers undo by themselves."""
+
+    def run(scale: float) -> tuple[nn.Module, Pruner]:
+        model = net()
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=fused)
+        pruner = Pruner(model, RULES[name], optimizer=optimizer)
+        pruner.prepare(inplace=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
+        for step in range(1, STEPS + 1):
+            optimizer.zero_grad()
+            x, y = batch(step)
+            loss = nn.functional.cross_entropy(model(x), y)
+            if scale > 1 and step in (4, 6):  # a batch that overflows: the scaler skips it
+                (loss * torch.inf).backward()
+            else:
+                scaler.scale(loss).backward()
+            if scale > 1 or step not in (4, 6):
+                scaler.step(optimizer)
+                scaler.update(scale)
+            pruner.step()
+        return model, pruner
+
+    (model, scaled), (twin, plain) = run(2.0**10), run(1.0)
+    for key, tensor in plain.state_dict()["memory"].items():
+        assert torch.allclose(scaled.state_dict()["memory"][key], tensor, rtol=1e-4, atol=1e-6), key
+    if name != "RigL":  # which exchanges nothing in a step without a gradient
+        for key, mask in plain.masks.items():
+            assert torch.equal(scaled.masks[key], mask)
+        for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.allclose(param, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["SET", "STE", "AC/DC"])
+def test_an_average_keeps_what_comes_back(name: str):
+    """Defends copies of a model against masks of the moment at which they were made."""
+    model = net()
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    pruner = Pruner(model, RULES[name], optimizer=optimizer)
+    pruner.prepare(inplace=True)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for step in range(1, STEPS + 1):
+        train_step(model, optimizer, step)
+        pruner.step()
+        average.update_parameters(model)
+        before = [param.detach().clone() for param in average.parameters()]
+        average(batch(step)[0])
+        assert all(map(torch.equal, average.parameters(), before))
+    final = pruner.finalize(average.module)
+    for key, mask in pruner.masks.items():
+        assert not bool(final.get_parameter(key)[~mask].any())
+        if name != "SET":  # of which the last exchange brought zeros
+            assert bool(final.get_parameter(key)[mask].all())
+
+
+def test_gradients_that_were_zeroed_too_early_are_refused():
+    """Defends growth against an order by index, which says nothing."""
+    model = net()
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    pruner = Pruner(model, Rule(0.8, regrow=RigL(every=2, end_step=9)), optimizer=optimizer)
+    pruner.prepare(inplace=True)
+    train_step(model, optimizer, 1)
+    pruner.step()
+    train_step(model, optimizer, 2)
+    optimizer.zero_grad(set_to_none=False)
+    with pytest.raises(ValueError, match=r"all are zero. Call pruner.step\(\) after"):
+        pruner.step()
+    assert pruner.step_count == 1
+
+
+def test_a_new_optimizer_has_to_be_followed():
+    """Defends sums, dense weights and momentum of a training that goes on with another one."""
+    model = net()
+    old, new = (OPTIMIZERS["SGD"](model.parameters()) for _ in range(2))
+    pruner = Pruner(model, RULES["STE"], optimizer=old)
+    pruner.prepare(inplace=True)
+    train_step(model, new, 1)
+    with pytest.raises(RuntimeError, match=r"pruner\.follow\(optimizer\)"):
+        pruner.step()
+    assert pruner.step_count == 0
+    pruner.follow(new)
+    train_step(model, new, 1)
+    pruner.step()
+    assert pruner.step_count == 1
+    assert not old._optimizer_step_post_hooks
+    with pytest.raises(ValueError, match=r"does not hold '0.weight'"):
+        pruner.follow(OPTIMIZERS["SGD"](net().parameters()))
+
+
+def test_what_is_remembered_follows_the_model_to_another_dtype():
+    """Defends dense weights of a model that becomes float64, and a state from bfloat16."""
+    model = net().bfloat16()
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    pruner = Pruner(model, RULES["STE"], optimizer=optimizer)
+    pruner.prepare(inplace=True)
+    state = pruner.state_dict()
+    model.double()
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        x, y = batch(step)
+        nn.functional.cross_entropy(model(x.double()), y).backward()
+        optimizer.step()
+        pruner.step()
+    memory = pruner.state_dict()["memory"]["dense.0.weight"]
+    assert memory.dtype == torch.float64
+    assert not torch.equal(memory, memory.bfloat16().double())
+    other = net()
+    sgd = OPTIMIZERS["SGD"](other.parameters())
+    loaded = Pruner(other, RULES["STE"], optimizer=sgd)
+    loaded.load_state_dict(state)
+    loaded.prepare(inplace=True)
+    train_step(other, sgd, 1)
+    loaded.step()
+    assert loaded.state_dict()["memory"]["dense.0.weight"].dtype == torch.float32
+
+
+def test_options_that_contradict_regrow_are_refused_when_the_pruner_is_made():
+    """Defends one clear line for frozen weights, momentum, statistics and optimizers."""
+    model = net()
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    with pytest.raises(ValueError, match="mask_optimizer_state=False with StraightThrough"):
+        Pruner(model, RULES["STE"], optimizer=optimizer, mask_optimizer_state=True)
+    with pytest.raises(TypeError, match=r"Expected an optimizer of torch.optim; got str"):
+        Pruner(model, RULES["STE"], optimizer="sgd")
+    with pytest.raises(TypeError, match="Expected stats as a dict by parameter; got list"):
+        Pruner(model, RULES["STE"], optimizer=optimizer, stats=[1])
+    with pytest.raises(KeyError, match=r"statistics of known parameters; got '0.wieght'"):
+        Pruner(model, RULES["STE"], optimizer=optimizer, stats={"0.wieght": {}})
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'0.weight' is frozen"):
+        Pruner(model, RULES["RigL"], optimizer=optimizer)
+
+
+def test_a_sparse_gradient_is_refused_before_anything_moves():
+    """Defends weights that would stay dense where an error comes between two hooks."""
+    model = nn.Embedding(8, 4, sparse=True)
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    rule = Rule(0.5, regrow=StraightThrough(decay=0.1))
+    config = {"module_name_configs": {"weight": rule}}
+    pruner = Pruner(model, config, optimizer=optimizer)
+    pruner.prepare(inplace=True)
+    before = model.weight.detach().clone()
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"Expected a strided gradient of 'weight'"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
