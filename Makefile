@@ -47,7 +47,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/training.py --compile
 
 docs: $(DOCS_READY)  ## build the site into site/, without a warning, and run the notebook
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f docs/book/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/book/mkdocs.yml
 	$(PYTEST) tests/test_docs.py
 
 examples: $(READY)  ## run every code block of the documentation
