@@ -3,16 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 PYTEST := $(BIN)/python -m pytest
 # One thread for each test process: the processes share the cores.
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto
 
-.PHONY: demo test test-thorough lint types format bench docs clean
+.PHONY: demo test test-thorough lint types format bench docs examples clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "purprune needs Python 3.11 or newer; set PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]"
+	touch $@
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 demo: $(READY)  ## train, prune, fine-tune, export and verify, on the embedded data
@@ -41,8 +46,12 @@ bench: $(READY)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/training.py --compile
 
-docs: $(READY)  ## run every code block of the documentation
+docs: $(DOCS_READY)  ## build the site into site/, without a warning, and run the notebook
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/book/mkdocs.yml
+	$(PYTEST) tests/test_docs.py
+
+examples: $(READY)  ## run every code block of the documentation
 	$(PYTEST) README.md docs purprune adapters/purprune_adapters
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis runs site
