@@ -58,6 +58,7 @@ from purprune.scores import Taylor as Taylor
 from purprune.selection import LazyParams as LazyParams
 from purprune.sensitivities import Sensitivity as Sensitivity
 from purprune.sensitivities import mean_sensitivity as mean_sensitivity
+from purprune.sparsegpt import sparsegpt as sparsegpt
 from purprune.straight_through import straight_through as straight_through
 from purprune.updating import update_masks as update_masks
 

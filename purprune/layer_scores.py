@@ -43,7 +43,7 @@ class Wanda:
 
     def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
         """Return ``|weight| * input_norm`` in float64 (mps: float32)."""
-        return wide(weight).abs() * wide_stat(weight, context, "input_norm", weight.shape[1:])
+        return wide(weight).abs() * _input_norm(weight, context)
 
 
 def _not_negative(power: float) -> float:
@@ -77,7 +77,7 @@ class RIA:
 
     def __call__(self, weight: Tensor, context: ScoreContext) -> Tensor:
         """Return the sum of both shares times ``input_norm ** power`` in float64 (mps: float32)."""
-        norm = wide_stat(weight, context, "input_norm", weight.shape[1:])
+        norm = _input_norm(weight, context)
         if weight.numel() == 0:
             return wide(weight)
         infinite = weight.isinf()
@@ -87,6 +87,19 @@ class RIA:
         row = [1 if dim == 0 else n for dim, n in enumerate(weight.shape)]
         share = _share(sizes, column) + _share(sizes, row)
         return (share * _power(norm, self.power)).masked_fill(infinite, math.inf)
+
+
+def _input_norm(weight: Tensor, context: ScoreContext) -> Tensor:
+    """Return the norm of the input that each entry sees: of shape ``weight.shape[1:]``.
+
+    Or of as many dims as the weight, where an extent of 1 is for the whole dim, for layers whose
+    outputs are not along dim 0 or do not all see the same inputs.
+    """
+    given, shape = context.stats.get("input_norm"), weight.shape[1:]
+    if isinstance(given, Tensor) and given.dim() == weight.dim():
+        fits = all(n in (1, whole) for n, whole in zip(given.shape, weight.shape, strict=True))
+        shape = given.shape if fits else shape
+    return wide_stat(weight, context, "input_norm", shape)
 
 
 def _share(sizes: Tensor, block: list[int]) -> Tensor:
