@@ -19,6 +19,7 @@ from purprune.masks import compute_masks as compute_masks
 from purprune.masks import iter_masks as iter_masks
 from purprune.masks import sparsity as sparsity
 from purprune.measuring import sensitivity as sensitivity
+from purprune.obs import sparsegpt as sparsegpt
 from purprune.outliers import allocate_by_outliers as allocate_by_outliers
 from purprune.packing import pack_masks as pack_masks
 from purprune.packing import unpack_masks as unpack_masks
@@ -58,8 +59,7 @@ from purprune.scores import Taylor as Taylor
 from purprune.selection import LazyParams as LazyParams
 from purprune.sensitivities import Sensitivity as Sensitivity
 from purprune.sensitivities import mean_sensitivity as mean_sensitivity
-from purprune.sparsegpt import sparsegpt as sparsegpt
-from purprune.straight_through import straight_through as straight_through
+from purprune.ste import straight_through as straight_through
 from purprune.updating import update_masks as update_masks
 
 __version__ = "0.1.0"

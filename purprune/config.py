@@ -118,7 +118,9 @@ class Rule:
         initial_sparsity: the sparsity before and at the first update.
         pattern: :func:`Unstructured`, :func:`Channel`, :func:`Kernel`, :func:`Block`,
             :func:`NM`, or any :class:`Pattern`.
-        score: ``"magnitude"``, ``"taylor"``, ``Random(seed)``, or a callable
+        score: how much an entry matters: ``"magnitude"``, ``"taylor"`` or ``"snip"``,
+            ``Random(seed)``, ``"gradient"``, ``"fisher"``, ``"movement"``, ``"wanda"``, ``"ria"``,
+            ``"lamp"``, ``"synflow"``, ``"grasp"``, ``Given(stat)``, or a callable
             ``score(weight, context)``.
         param_name: the parameter below a selected module; None means its weights.
         regrow: how pruned entries come back: :class:`purprune.Regrow` (:func:`purprune.RigL`,

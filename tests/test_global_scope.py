@@ -267,5 +267,5 @@ def test_dicts_and_yaml_know_the_global_group():
 
 def test_an_unknown_scope_is_refused():
     """Defends against scope="all", which would silently be local."""
-    with pytest.raises(ConfigError, match="scope='global' or a GlobalGroup; got 'all'"):
+    with pytest.raises(ConfigError, match="'row', 'global' or a GlobalGroup; got 'all'"):
         Channel(scope="all")

@@ -27,10 +27,10 @@ from purprune import (
     sparsegpt,
 )
 from purprune.config import as_config
+from purprune.obs import refuse_pattern
 from purprune.patterns import EveryGroup, RowGroup
 from purprune.ranking import refuse_nan
 from purprune.scores import Score, needs_of
-from purprune.sparsegpt import refuse_pattern
 from purprune.totals import sparsities_at
 from purprune_adapters.batches import Forward, batches, evaluating, run, tracked
 from purprune_adapters.blocks import calls_of, names_of, without_cache

@@ -21,7 +21,7 @@ from purprune import Rule, StraightThrough
 from purprune.context import full_precision
 from purprune.scores import needs_of
 from purprune.statistics import ACCUMULATED, accumulate
-from purprune.straight_through import pull
+from purprune.ste import pull
 from purprune_adapters.distributed import is_sharded
 from purprune_adapters.hooks import MaskStore
 

@@ -139,6 +139,7 @@ class Pruner:
         self._step = 0
         self._phase = "new"  # then "prepared", then "finalized"
         self._trained = False
+        self._regrowing = {name: r for name, r in self._rules.items() if r.regrow is not None}
         self._activity = Activity()
         self._store = MaskStore(uuid.uuid4().hex, mask_gradients)
         self._keeper: ZeroKeeper | None = None
@@ -385,9 +386,9 @@ class Pruner:
 
     def _leave_gradients(self) -> None:
         """Say which gradients are needed whole when the next step is counted."""
-        rules, step = self._rules, self._step + 1
+        step = self._step + 1
         self._store.whole_gradients = frozenset(
-            name for name, rule in rules.items() if needs_whole_gradient(rule, step)
+            name for name, rule in self._regrowing.items() if needs_whole_gradient(rule, step)
         )
 
     def _attach(self) -> None:
