@@ -47,7 +47,7 @@ class Crepe(nn.Module):
         for i in LAYERS:
             x = F.pad(x, (254, 254) if i == 1 else (31, 32))
             x = self.get_submodule(f"conv{i}_BN")(F.relu(self.get_submodule(f"conv{i}")(x)))
-            x = F.max_pool1d(x, 2)
+            x = F.max_pool1d(x, 2, 2)  # the stride is said: coremltools reads it
         return torch.sigmoid(self.classifier(x.transpose(1, 2).flatten(1)))
 
 

