@@ -176,12 +176,14 @@ def test_declared_precision_rounds_after_every_operation(tmp_path):
 
 
 def test_inputs_that_do_not_fit_are_refused(tmp_path):
-    """By number and by name."""
+    """By number, by name and, where the package has one shape, by shape."""
     path = export_coreml(digits_net(), torch.randn(1, 1, 28, 28), tmp_path / "m", check=False).path
     x = torch.randn(1, 1, 28, 28)
     for bad in ((x, x), {"image": x}):
         with pytest.raises(ValueError, match="Expected inputs"):
             evaluate_coreml(path, bad)
+    with pytest.raises(ValueError, match=r"\(1, 1, 28, 28\); got \(2, 1, 28, 28\)"):
+        evaluate_coreml(path, torch.cat([x, x]))
 
 
 def test_an_unknown_operation_is_not_checked_and_never_passed(tmp_path, monkeypatch):
