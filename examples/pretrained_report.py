@@ -95,7 +95,7 @@ def draw(path: Path, results: Sequence[Result], exports: Sequence[Exported], tun
         figure = Figure(figsize=(11, 4.2), dpi=150, facecolor="white", layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         left.set_title("Pruned in one shot, norms renewed")
-        right.set_title("As a Core ML package")
+        right.set_title("Fine-tuned, by its Core ML weights")
         left.set_ylabel("frames within 50 cents, %")
         _sparsities(left, results)
         _bytes(right, results, exports, tuned)
