@@ -184,13 +184,10 @@ def run(bench: Bench, args: argparse.Namespace) -> tuple[list[Result], list[Expo
     """Prune by all methods to all sparsities; export those that were fine-tuned."""
     _, dense = bench.results("dense", 0.0)
     results, exports = list(dense), []
-    free = [(method, t) for t in args.sparsities for method in args.methods if method in RULES]
-    fixed = [
-        (method, float(PATTERNS[method].rules["global_config"].target))
-        for method in args.methods
-        if method in PATTERNS
-    ]
-    for method, total in free + fixed:
+    free, fixed = ([m for m in args.methods if m in some] for some in (RULES, PATTERNS))
+    asked = [(m, total) for total in args.sparsities for m in free]
+    asked += [(m, float(PATTERNS[m].rules["global_config"].target)) for m in fixed]
+    for method, total in asked:
         pruned, found = bench.results(method, total)
         results += found
         print(f"{total:.0%} {method}: {', '.join(f'{r.stage} {r.cell}' for r in found)}")
