@@ -18,7 +18,7 @@ from purprune_adapters.distributed import is_sharded
 INPUT_STATS = ("input_norm", "hessian")
 """The statistics that are sums over inputs."""
 
-_CONVS: Mapping[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+Rows = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
 
 
 class Layer(NamedTuple):
@@ -31,8 +31,10 @@ class Layer(NamedTuple):
     """Whether inputs are along dim 0, as in transformers' Conv1D."""
     groups: int
     """So many parts of the outputs see inputs of their own."""
-    rows: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
+    rows: Rows
     """From the arguments of the module's forward to (groups, samples, features)."""
+    squares: Rows
+    """From the same to the sum of squares of each feature, (groups, features), in float64."""
 
 
 def layer_of(model: nn.Module, name: str) -> Layer:
@@ -50,17 +52,21 @@ def layer_of(model: nn.Module, name: str) -> Layer:
             f"Expected whole weights; {name!r} is in shards. Collect its inputs before "
             f"fully_shard, or on one process."
         )
-    make = partial(Layer, name, weight, module)
+
+    def make(transposed: bool, rows: Rows) -> Layer:
+        return Layer(name, weight, module, transposed, 1, rows, partial(_squares, rows))
+
     if isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight":
-        return make(False, 1, partial(_attention_rows, name))
+        return make(False, partial(_attention_rows, name))
     read_above = isinstance(above, nn.MultiheadAttention)  # which never calls its out_proj
     if leaf == "weight" and not read_above:
         if isinstance(module, nn.Linear):
-            return make(False, 1, _linear_rows)
-        if isinstance(module, tuple(_CONVS)):
-            return make(False, module.groups, partial(_conv_rows, module))  # type: ignore[arg-type]
+            return make(False, _linear_rows)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            found = partial(_conv_rows, module), partial(_conv_squares, module)
+            return Layer(name, weight, module, False, module.groups, *found)
         if _is_transposed_linear(module):
-            return make(True, 1, _linear_rows)
+            return make(True, _linear_rows)
     owner = (
         f"{type(above).__name__}, which reads it itself" if read_above else type(module).__name__
     )
@@ -120,6 +126,19 @@ def _conv_rows(
     return patches
 
 
+def _squares(rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    return _wide(rows(args, kwargs)).square().sum(1)
+
+
+def _conv_squares(
+    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """Return the sums over patches, of which the batch's are summed before they are made."""
+    x, dims = _first(args, kwargs), len(conv.kernel_size)
+    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    return _conv_rows(conv, (_wide(x).square().sum(0, keepdim=True),), {}).sum(1)
+
+
 class InputSums:
     """Sums over the inputs of layers, while their modules run."""
 
@@ -152,9 +171,10 @@ class InputSums:
     def _add(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        rows, sums = layer.rows(args, kwargs), self._sums.setdefault(layer.name, {})
+        sums = self._sums.setdefault(layer.name, {})
         for stat in set(self._needs[layer.name]) & set(INPUT_STATS):
-            found = _squares(rows) if stat == "input_norm" else _products(rows)
+            norm = stat == "input_norm"
+            found = layer.squares(args, kwargs) if norm else _products(layer.rows(args, kwargs))
             sums[stat] = sums[stat] + found if stat in sums else found
 
     def results(self) -> dict[str, dict[str, Tensor]]:
@@ -176,11 +196,6 @@ class InputSums:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
-
-
-def _squares(rows: Tensor) -> Tensor:
-    """Return the sum of squares of each feature, (groups, features), in float64."""
-    return _wide(rows).square().sum(1)
 
 
 def _products(rows: Tensor) -> Tensor:

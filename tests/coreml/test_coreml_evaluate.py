@@ -176,12 +176,14 @@ def test_declared_precision_rounds_after_every_operation(tmp_path):
 
 
 def test_inputs_that_do_not_fit_are_refused(tmp_path):
-    """By number and by name."""
+    """By number, by name and, where the package has one shape, by shape."""
     path = export_coreml(digits_net(), torch.randn(1, 1, 28, 28), tmp_path / "m", check=False).path
     x = torch.randn(1, 1, 28, 28)
     for bad in ((x, x), {"image": x}):
         with pytest.raises(ValueError, match="Expected inputs"):
             evaluate_coreml(path, bad)
+    with pytest.raises(ValueError, match=r"\(1, 1, 28, 28\); got \(2, 1, 28, 28\)"):
+        evaluate_coreml(path, torch.cat([x, x]))
 
 
 def test_an_unknown_operation_is_not_checked_and_never_passed(tmp_path, monkeypatch):
@@ -256,3 +258,16 @@ def test_loops_and_recurrent_layers_run_over_any_number_of_steps(name, tmp_path)
     assert report.check.status == "passed"
     out = evaluate_coreml(report.path, inputs).popitem()[1]
     torch.testing.assert_close(out, model(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_a_variance_that_float16_cannot_hold_is_caught_and_the_way_out_works(tmp_path):
+    """A norm behind an activation keeps its variance; large ones are inf, and its channel 0."""
+    norm = nn.BatchNorm1d(3)
+    with torch.no_grad():
+        norm.running_var.fill_(4e5)
+        norm.weight.fill_(600.0)
+    model = nn.Sequential(prune(nn.Conv1d(2, 3, 4), 0.5), nn.ReLU(), norm).eval()
+    x = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(VerificationError, match="precision='float32'"):
+        export_coreml(model, x, tmp_path / "narrow")
+    assert export_coreml(model, x, tmp_path / "wide", precision="float32").check.passed

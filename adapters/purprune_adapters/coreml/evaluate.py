@@ -110,6 +110,12 @@ def run(
         inputs = dict(zip(names, inputs, strict=False)) if len(inputs) == len(names) else {}
     if set(inputs) != set(names):
         raise MisfitError(f"Expected inputs {names}; got {sorted(inputs)} (or another number).")
+    for name, shape in package.fixed_shapes.items():
+        if tuple(inputs[name].shape) != shape:
+            raise MisfitError(
+                f"Expected {name!r} of shape {shape}; got {tuple(inputs[name].shape)}. The package "
+                f"was exported for one shape: run one after the other, or export with inputs=."
+            )
     values = {
         name: one.float() if one.is_floating_point() else one.long() for name, one in inputs.items()
     }

@@ -161,6 +161,16 @@ class Package:
         return [feature.name for feature in self.spec.description.input]
 
     @property
+    def fixed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the inputs that have one; those with flexible dims are left out."""
+        return {
+            feature.name: tuple(feature.type.multiArrayType.shape)
+            for feature in self.spec.description.input
+            if feature.type.WhichOneof("Type") == "multiArrayType"
+            and feature.type.multiArrayType.WhichOneof("ShapeFlexibility") is None
+        }
+
+    @property
     def output_names(self) -> list[str]:
         """The names of the program's outputs, in order."""
         return list(self.block.outputs)

@@ -230,10 +230,14 @@ def raise_if_different(report: ExportReport) -> None:
     """Raise a ``VerificationError`` when the saved program computes something else."""
     check = report.check
     if check.failed:
+        narrow = (
+            " Constants beyond 65,504, such as variances of norms, are inf in float16: try "
+            "precision='float32'."
+        )
         raise VerificationError(
             f"Expected '{report.path}' to compute what the model computes; in float32 arithmetic "
             f"the largest error is {check.error:.3g} of the output's scale, and "
             f"{check.tolerance:g} is allowed. The error's .report has the details; strict=False "
-            "returns it instead.",
+            f"returns it instead.{narrow if report.precision == 'float16' else ''}",
             report,
         )
