@@ -304,7 +304,8 @@ def table(lines: Sequence[Mapping[str, Any]], net: str) -> str:
     for method in METHODS:
         cells = [found.get((method, 0.0 if method == "dense" else s), []) for s in sparsities]
         if any(cells):
-            rows.append(f"| {method} | " + " | ".join(map(_cell, cells)) + " |")
+            name = method.replace("|", "\\|")
+            rows.append(f"| {name} | " + " | ".join(map(_cell, cells)) + " |")
     return "\n".join(rows)
 
 
@@ -367,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, help="a folder of MNIST-format files")
     parser.add_argument("--train", type=int, help="how many training images (default: all)")
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of a training")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of a training")
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
