@@ -104,7 +104,7 @@ def updated(
     due = _due(rules, masks, step)
     deciding = _exchanged(due, masks, step, given.get("grads") or {})
     held_back = deciding if deciding and not_finite(deciding) else {}
-    going, coming = _phases(due, masks, step, sparsities_at(due, shapes, step), held_back)
+    going, coming = _phases(due, masks, step, shapes, held_back)
     pruned = _computed(compute, going, params, step, _before(due, masks), given)
     grown = _computed(compute, coming, params, step, pruned, given)
     found = {**masks, **pruned, **grown}
@@ -143,7 +143,11 @@ def needs_whole_gradient(rule: Rule, step: int) -> bool:
 def _due(rules: Mapping[str, Rule], masks: Mapping[str, Tensor], step: int) -> dict[str, Rule]:
     """Return the rules that are due: with a tensor that is new all that may share with it."""
     fresh = [rule for name, rule in rules.items() if name not in masks]
-    return {n: rule for n, rule in rules.items() if rule.changes_at(step) or rule in fresh}
+    return {
+        name: rule
+        for name, rule in rules.items()
+        if name not in masks or rule.changes_at(step) or rule in fresh
+    }
 
 
 def _before(due: Mapping[str, Rule], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,15 +175,16 @@ def _phases(
     due: Mapping[str, Rule],
     masks: Mapping[str, Tensor],
     step: int,
-    sparsities: Mapping[str, Fraction],
+    shapes: Mapping[str, Tensor],
     held_back: Mapping[str, Any],
 ) -> tuple[dict[str, Rule], dict[str, Rule]]:
     """Return the rules by which units go, and then those by which units come back."""
     going, coming = dict(due), {}
-    for name, rule in due.items():
+    regrowing = {name: rule for name, rule in due.items() if isinstance(rule.regrow, Regrow)}
+    sparsities = sparsities_at(regrowing, shapes, step)
+    for name, rule in regrowing.items():
         regrow, s = rule.regrow, sparsities[name]
-        if not isinstance(regrow, Regrow):
-            continue
+        assert isinstance(regrow, Regrow)
         if name not in masks:
             going[name] = replace(rule, score=regrow.start)
         elif regrow.changes_at(step) and name not in held_back:

@@ -55,5 +55,5 @@ class Targets:
             PruneConfig(module_name_configs={name: self.rules[name] for name in params}),
             floor=floor,
             grads={name: param.grad for name, param in params.items()},
-            stats={n: {**sums.get(n, {}), **stats.get(n, {})} for n in {**sums, **stats}},
+            stats={name: {**sums.get(name, {}), **stats.get(name, {})} for name in params},
         )

@@ -492,3 +492,22 @@ def test_an_exchange_that_never_moves_anything_is_refused_when_the_pruner_is_mad
     optimizer = OPTIMIZERS["SGD"](model.parameters())
     with pytest.raises(ValueError, match=r"Expected an exchange of at least one unit in 0.weight"):
         Pruner(model, rule, optimizer=optimizer)
+
+
+def test_statistics_of_tensors_that_are_not_due_are_left_alone():
+    """Defends rules whose updates come at different steps, given statistics and sums alike."""
+    model = net()
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    config = {
+        "module_name_configs": {
+            "0": Rule(0.5, PolynomialDecay([1, 2]), score="wanda"),
+            "2": Rule(0.5, PolynomialDecay([3, 5]), score="movement"),
+        }
+    }
+    stats = {"0.weight": {"input_norm": torch.ones(6)}}
+    pruner = Pruner(model, config, optimizer=optimizer, stats=stats)
+    pruner.prepare(inplace=True)
+    for step in range(1, 6):
+        train_step(model, optimizer, step)
+        pruner.step()
+    assert [int((~mask).sum()) for mask in pruner.masks.values()] == [48, 32]
