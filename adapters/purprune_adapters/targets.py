@@ -55,5 +55,9 @@ class Targets:
             PruneConfig(module_name_configs={name: self.rules[name] for name in params}),
             floor=floor,
             grads={name: param.grad for name, param in params.items()},
-            stats={name: {**sums.get(name, {}), **stats.get(name, {})} for name in params},
+            stats={
+                name: {**sums.get(name, {}), **stats.get(name, {})}
+                for name in params
+                if name in sums or name in stats
+            },
         )
