@@ -1,9 +1,9 @@
 """One large group: the first k found with about one pass over the scores.
 
-A sorted sample brackets the k-th key. The pass writes the mask above the bracket and collects the
-few keys inside; only these are ranked. A sample that misleads costs another pass and no bit. Where
-many keys are tied the bracket is a single key: its ties are counted and not collected. What was
-pruned before takes no part, or alone takes part where fewer may go than went.
+A sorted sample brackets the k-th key. The pass writes the mask above the bracket and collects what
+is inside; only this is ranked. A sample that misleads costs another pass and no bit. Where many
+keys are tied the bracket is a single key: its ties are counted and not collected. What was pruned
+before takes no part, or alone takes part where fewer may go than went.
 
 Fresh memory pages cost more than arithmetic, so keys are made in chunks, in scratch that is used
 again.
@@ -22,9 +22,11 @@ from purprune.keys import Bools, KeyMaker, Keys, spread_evenly
 from purprune.threads import in_threads
 
 _CHUNK = 1 << 19
-"""Keys that are made at a time: 2 MB of them, so that calls are few and scratch stays cached."""
-_SAMPLE = 8
+"""Keys that are made at a time, so that they stay in the cache."""
+_SAMPLE = 32
 """Times the root of the number of keys is the size of the sample."""
+_LINE = 16
+"""Neighbours that are sampled together: memory is read in lines."""
 _FEW_VALUES = 1 << 16
 """Between bounds as close as this values are counted instead of partitioned."""
 
@@ -44,7 +46,9 @@ def keep_all_but_lowest_of_one_group(
     least, most = int(info.min), int(info.max)  # between them the k-th is known to be
     deviations = 4
     while True:
-        low, high = _bracket(sample, contest.k / max(units, 1), deviations, least, most)
+        low, high = map(
+            bits.dtype.type, _bracket(sample, contest.k / max(units, 1), deviations, least, most)
+        )
         found = contest.find(low, high)
         inside = sum(chunk.inside for chunk in found)
         need = contest.k - (units - inside - sum(chunk.above for chunk in found))
@@ -57,11 +61,11 @@ def keep_all_but_lowest_of_one_group(
 class _Chunk(NamedTuple):
     """What one pass found in a chunk: how many are above the bracket, and what is inside."""
 
-    start: int
+    at: slice
     above: int
     inside: int
     keys: Keys | None = None
-    at: NDArray[np.intp] | None = None
+    where: NDArray[np.intp] | None = None
 
 
 class _Contest(NamedTuple):
@@ -82,43 +86,43 @@ class _Contest(NamedTuple):
 
         def scan(starts: Sequence[int]) -> list[_Chunk]:
             size = min(_CHUNK, self.bits.size)
-            keys, flags = np.empty(size, self.bits.dtype), np.empty(size, np.bool_)
+            keys, flags = np.empty(size, self.bits.dtype), np.zeros(-(-size // 8) * 8, np.bool_)
             return [self._scan(start, low, high, keys, flags) for start in starts]
 
         starts = range(0, self.bits.size, _CHUNK)
         return [chunk for run in in_threads(scan, starts) for chunk in run]
 
-    def _scan(self, start: int, low: Any, high: Any, keys: Keys, flags: Bools) -> _Chunk:
-        part = self.keys(start, keys)
-        above = np.greater(part, high, out=self.keep[start : start + part.size])
-        inside = np.greater_equal(part, low, out=flags[: part.size])
+    def _scan(self, start: int, low: Any, high: Any, scratch: Keys, flags: Bools) -> _Chunk:
+        at = slice(start, min(start + _CHUNK, self.bits.size))
+        keys = self.make(self.bits[at], scratch[: at.stop - start])
+        above = np.greater(keys, high, out=self.keep[at])
+        inside = np.greater_equal(keys, low, out=flags[: keys.size])
         np.not_equal(inside, above, out=inside)
         if self.among is not None:
-            among = self.among[start : start + part.size]
-            above &= among
-            inside &= among
+            above &= self.among[at]
+            inside &= self.among[at]
         found = int(np.count_nonzero(above))
         if self.among is not None and self.others:
-            np.greater_equal(above, among, out=above)  # above, or one of the others
+            np.greater_equal(above, self.among[at], out=above)  # above, or one of the others
         if low == high:  # all ties: where they are is asked for where they end
-            return _Chunk(start, found, int(np.count_nonzero(inside)))
-        at = np.flatnonzero(inside)
-        return _Chunk(start, found, at.size, part[at], at)
+            return _Chunk(at, found, int(np.count_nonzero(inside)))
+        flags[keys.size :] = False
+        where = _where(flags)
+        return _Chunk(at, found, where.size, keys[where], where)
 
     def sample(self) -> Keys:
         """Return the sorted keys of a few units, spread evenly."""
-        size = int(_SAMPLE * math.sqrt(self.bits.size))
-        at = spread_evenly(size, self.bits.size)
+        line = _LINE if self.bits.size >= _LINE else 1
+        whole = self.bits.size - self.bits.size % line
+        size = math.ceil(_SAMPLE * math.sqrt(self.bits.size) / line)
+        at = spread_evenly(size, whole // line)
+        bits = np.take(self.bits[:whole].reshape(-1, line), at, axis=0)
         if self.among is not None:
-            at = at[self.among[at]]
-        keys = self.make(self.bits[at], np.empty(at.shape, self.bits.dtype))
-        keys.sort(kind="stable" if keys.itemsize == 2 else None)  # which counts 16-bit keys
+            bits = bits[np.take(self.among[:whole].reshape(-1, line), at, axis=0)]
+        keys = self.make(bits.reshape(-1), np.empty(bits.size, bits.dtype))
+        keys = keys.astype(np.int32) if keys.itemsize == 2 else keys  # which sort faster
+        keys.sort()
         return keys
-
-    def keys(self, start: int, scratch: Keys) -> Keys:
-        """Return the keys of one chunk."""
-        part = self.bits[start : start + _CHUNK]
-        return self.make(part, scratch[: part.size])
 
     def settle(self, found: Sequence[_Chunk], need: int, low: Any, high: Any) -> None:
         """Keep what is inside, but for the first ``need`` by (key, index)."""
@@ -128,27 +132,36 @@ class _Contest(NamedTuple):
             tie = _kth(keys, need, low, high)
             go -= int(np.count_nonzero(keys < tie))
         for chunk in found:
-            keep = self.keep[chunk.start : chunk.start + _CHUNK]
-            if chunk.keys is not None and chunk.at is not None:
+            keep = self.keep[chunk.at]
+            if chunk.keys is not None:
                 stay = chunk.keys >= tie
                 if go:
                     first = np.flatnonzero(chunk.keys == tie)[:go]
                     stay[first] = False
                     go -= first.size
-                keep[chunk.at] = stay
+                keep[chunk.where] = stay
             elif go < chunk.inside:
-                keep[self._ties(chunk.start, tie)[go:]] = True
+                keep[self._ties(chunk.at, tie)[go:]] = True
                 go = 0
             else:
                 go -= chunk.inside
 
-    def _ties(self, start: int, tie: Any) -> NDArray[np.intp]:
+    def _ties(self, at: slice, tie: Any) -> NDArray[np.intp]:
         """Return where in a chunk the keys are that equal ``tie``."""
-        scratch = np.empty(min(_CHUNK, self.bits.size), self.bits.dtype)
-        tied = self.keys(start, scratch) == tie
+        part = self.bits[at]
+        tied = self.make(part, np.empty(part.size, part.dtype)) == tie
         if self.among is not None:
-            tied &= self.among[start : start + tied.size]
+            tied &= self.among[at]
         return np.flatnonzero(tied)
+
+
+def _where(flags: Bools) -> NDArray[np.intp]:
+    """Return where flags are set, of which there are few: eight are looked at together."""
+    words = flags.view(np.uint64)
+    hit = np.flatnonzero(words != 0)
+    found = np.flatnonzero(words[hit].view(np.bool_))
+    where: NDArray[np.intp] = (hit[found >> 3] << 3) + (found & 7)
+    return where
 
 
 def _kth(keys: Keys, k: int, low: Any, high: Any) -> Any:
@@ -172,10 +185,11 @@ def _contest(bits: Keys, keep: Bools, prev: Bools | None, k: int, make: KeyMaker
 
 def _bracket(
     sample: Keys, share: float, deviations: float, least: int, most: int
-) -> tuple[Any, Any]:
+) -> tuple[int, int]:
     """Return two keys with that share of all keys below the k-th between them, but for bad luck.
 
-    Where many keys are tied there, the bracket is a single key: nothing has to be collected.
+    Where many keys are tied there, the bracket is the one that most are: nothing has to be
+    collected, and should it not be the k-th, the next bracket is beside it.
     """
     size = sample.size
     margin = deviations * (math.sqrt(size * share * (1 - share)) + 1)
@@ -183,8 +197,9 @@ def _bracket(
     low = max(least, int(sample[first])) if first >= 0 else least
     high = min(most, int(sample[last])) if last < size else most
     if low > high:  # the sample has nothing between the bounds
-        return sample.dtype.type(least), sample.dtype.type(most)
-    inside = np.searchsorted(sample, high, "right") - np.searchsorted(sample, low)
-    if inside > 4 * margin:
-        low = high = min(max(int(sample[min(int(share * size), size - 1)]), low), high)
-    return sample.dtype.type(low), sample.dtype.type(high)
+        return least, most
+    start, stop = np.searchsorted(sample, low), np.searchsorted(sample, high, "right")
+    if stop - start > 4 * margin:
+        keys, times = np.unique(sample[start:stop], return_counts=True)
+        low = high = int(keys[times.argmax()])
+    return low, high

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 Keys = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
 
+_MAGNITUDE = {np.dtype(word): word(np.iinfo(word).max) for word in (np.int16, np.int32, np.int64)}
+"""All bits of a float but its sign."""
+
 _GOLDEN = 0.6180339887498949
 """Multiples of it modulo 1 fall evenly: a sample without a stride that data could follow."""
 
@@ -36,12 +39,11 @@ class KeyMaker(NamedTuple):
         if self.infinity is None:
             np.copyto(out, bits)
             return np.absolute(out, out=out) if self.absolute else out
-        info = np.iinfo(out.dtype)
-        np.bitwise_and(bits, out.dtype.type(info.max), out=out)
-        if out.size and out.max() > self.infinity:
+        np.bitwise_and(bits, _MAGNITUDE[out.dtype], out=out)
+        if out.size and np.maximum.reduce(out, axis=None) > self.infinity:
             raise NotANumberError
         if not self.absolute:  # put the sign back, as a two's complement one
-            sign = bits >> (info.bits - 1)
+            sign = bits >> (8 * out.itemsize - 1)
             np.bitwise_xor(out, sign, out=out)
             np.subtract(out, sign, out=out)
         return out
@@ -53,9 +55,10 @@ class KeyMaker(NamedTuple):
 
     def put_first(self, keys: Keys, kept: Bools) -> Keys:
         """Put what was not kept below all else; by the sign it stays in order among itself."""
-        info, pruned = np.iinfo(keys.dtype), ~kept
+        pruned = ~kept
         if self.has_sign_free:
-            sign = np.left_shift(pruned.view(np.int8), info.bits - 1, dtype=keys.dtype)
+            bits = 8 * keys.itemsize
+            sign = np.left_shift(pruned.view(np.int8), bits - 1, dtype=keys.dtype)
             return np.bitwise_or(keys, sign, out=keys)
-        np.copyto(keys, info.min, where=pruned)
+        np.copyto(keys, np.iinfo(keys.dtype).min, where=pruned)
         return keys

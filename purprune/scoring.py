@@ -7,6 +7,7 @@ parameter.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from purprune.config import Rule
 from purprune.context import ScoreContext, full_precision
 from purprune.errors import ConfigError
-from purprune.patterns import Layout, Norm
+from purprune.patterns import Layout, Norm, Pattern
 from purprune.ranking import refuse_nan
 from purprune.scores import Magnitude, OwnScore, needs_of
 from purprune.units import grid_shape, is_entry, spread
@@ -50,10 +51,15 @@ def unit_layout(name: str, rule: Rule, shape: torch.Size) -> tuple[tuple[int, ..
         ConfigError: when the rule's pattern does not fit the tensor; names the parameter.
     """
     try:
-        block = rule.pattern.unit.block(shape)
-        return block, rule.pattern.group.layout(grid_shape(block, shape))
+        return _fitted(rule.pattern, tuple(shape))
     except ConfigError as error:
         raise ConfigError(f"{name!r}: {error}") from None
+
+
+@lru_cache(maxsize=1024)  # networks of many small tensors ask often
+def _fitted(pattern: Pattern, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Layout]:
+    block = pattern.unit.block(shape)
+    return block, pattern.group.layout(grid_shape(block, shape))
 
 
 def refuse_parts(name: str, tensor: Tensor) -> None:

@@ -5,19 +5,18 @@ scratch that is used again. Three ways, by the size of a group:
 
 - up to 16 units (N:M): every unit counts how many of its group stand before it, by comparing the
   keys with themselves shifted by 1 to m - 1;
-- rows: a partition finds the k-th of each row. Keys of up to 32 bits get their index as lower bits:
-  that is the order itself, and a partition is slow where many keys are equal;
-- one large group: a sorted sample brackets the k-th key. One pass writes the mask above the
-  bracket and collects the few keys inside; only these are ranked. A sample that misleads costs
-  another pass and no bit.
+- rows and small tensors: a partition finds the k-th key of each. Where many keys are equal it is
+  slow, and there, as where it costs nothing, keys get their index as lower bits;
+- one large group: a sorted sample brackets the k-th key (:mod:`purprune.bracketing`).
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,10 +25,14 @@ from purprune.keys import Bools, KeyMaker, Keys
 from purprune.threads import in_threads
 
 _CHUNK = 1 << 19
-"""Keys that are made at a time: 2 MB of them, so that calls are few and scratch stays cached."""
+"""Keys that are made at a time, so that calls are few and scratch stays in the cache."""
 _SMALL_GROUP = 16
-_BRACKET_FROM = 1 << 15
-"""From this many keys on a bracket pays, and where keys are tied by far."""
+_BRACKET_FROM = 1 << 19
+"""From this many keys on a bracket pays."""
+_TIES_MATTER_FROM = 1 << 12
+"""Keys; with fewer a partition that goes astray costs less than to look."""
+_WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64} if sys.byteorder == "little" else {}
+"""The words in which groups of so many units count at once, a byte for each."""
 
 
 class Span(NamedTuple):
@@ -64,6 +67,8 @@ def keep_all_but_lowest(
         if len(spans) == 1 and spans[0].size == bits.size >= _BRACKET_FROM:
             one = None if prev is None else prev[0]
             return keep_all_but_lowest_of_one_group(bits[0], keep[0], one, spans[0].k, make)
+    if bits.size <= _CHUNK:
+        return _select_rows(bits, keep, prev, lead, spans, make)
     at = max(range(lead), key=bits.shape.__getitem__)
     rows = max(1, _CHUNK * bits.shape[at] // max(bits.size, 1))
 
@@ -81,17 +86,20 @@ def keep_all_but_lowest(
 def _select_rows(
     bits: Keys, keep: Bools, prev: Bools | None, lead: int, spans: Sequence[Span], make: KeyMaker
 ) -> None:
+    if bits.size == 0:
+        return
     keys = make(bits, np.empty(bits.shape, bits.dtype))
     shape = (math.prod(bits.shape[:lead]), math.prod(bits.shape[lead:]))
     keys = keys.reshape(shape)
     kept = None if prev is None else prev.reshape(shape)
-    stay = np.empty(shape, dtype=np.bool_)
+    stay = []
     for start, stop, size, k in spans:
         part = keys[:, start:stop].reshape(-1, size)
         if kept is not None:
             part = _pruned_first(part, kept[:, start:stop].reshape(-1, size), k, make)
-        stay[:, start:stop] = _all_but_lowest(part, k).reshape(shape[0], stop - start)
-    keep[...] = stay.reshape(keep.shape)
+        stay.append(_all_but_lowest(part, k).reshape(shape[0], stop - start))
+    whole = np.concatenate(stay, axis=1) if len(stay) > 1 else stay[0]
+    keep[...] = whole.reshape(keep.shape)
 
 
 def _pruned_first(keys: Keys, kept: Bools, k: int, make: KeyMaker) -> Keys:
@@ -111,7 +119,39 @@ def _all_but_lowest(keys: Keys, k: int) -> Bools:
     size = keys.shape[1]
     if k <= 0 or k >= size or keys.size == 0:
         return np.full(keys.shape, k <= 0)
-    return _by_shifts(keys, k) if size <= _SMALL_GROUP else _by_partition(keys, k)
+    if size > _SMALL_GROUP:
+        return _by_partition(keys, k)
+    if keys.size > _CHUNK + size:  # so that patterns of one length serve all
+        rows = max(1, _CHUNK // size)
+        parts = [_all_but_lowest(keys[i : i + rows], k) for i in range(0, len(keys), rows)]
+        return np.concatenate(parts)
+    return _by_words(keys, k) if size in _WORDS else _by_shifts(keys, k)
+
+
+def _by_words(keys: Keys, k: int) -> Bools:
+    """Count for each unit how many of its group stand before it, all of a group in one word.
+
+    The unit d places to the right of unit j stands before it or behind it: where not behind, byte
+    j of the group's word grows by 1, else byte j + d does. So with 1 in byte j where it is behind,
+    and 0 in the bytes without such a neighbour, the counts are ``m - 1 - j`` in byte j, plus the
+    word times ``256**d - 1`` for each d.
+    """
+    m, flat = keys.shape[1], keys.reshape(-1)
+    word: Any = _WORDS[m]
+    counts = np.full(len(keys), _bytes(range(m)[::-1]), word)
+    behind = np.zeros(flat.size, np.bool_)
+    words = behind.view(word)
+    for d in range(1, m):
+        np.less_equal(flat[:-d], flat[d:], out=behind[:-d])  # of a tie the left one goes first
+        np.bitwise_and(words, word(_bytes([1] * (m - d))), out=words)
+        np.multiply(words, word(256**d - 1), out=words)
+        np.add(counts, words, out=counts)
+    keep: Bools = counts.view(np.uint8) >= k
+    return keep.reshape(keys.shape)
+
+
+def _bytes(values: Sequence[int]) -> int:
+    return int.from_bytes(bytes(values), "little")
 
 
 @lru_cache(maxsize=32)
@@ -123,10 +163,6 @@ def _has_right(m: int, shift: int, at_least: int) -> Bools:
 def _by_shifts(keys: Keys, k: int) -> Bools:
     """Count for each unit how many of its group stand before it; of a tie the left one does."""
     m, units = keys.shape[1], keys.size
-    if units > _CHUNK + m:  # so that patterns of one length serve all
-        rows = max(1, _CHUNK // m)
-        parts = [_by_shifts(keys[i : i + rows], k) for i in range(0, len(keys), rows)]
-        return np.concatenate(parts)
     flat, ahead = keys.reshape(-1), np.zeros(units, dtype=np.uint8)
     for shift in range(1, m):
         own = _has_right(m, shift, _CHUNK)[: units - shift]
@@ -139,25 +175,41 @@ def _by_shifts(keys: Keys, k: int) -> Bools:
 
 def _by_partition(keys: Keys, k: int) -> Bools:
     """Keep what stands behind the k-th of its row."""
-    if keys.itemsize > 4:
-        return _by_partition_and_ties(keys, k)
-    ranked = np.left_shift(keys, 32, dtype=np.int64)
-    ranked |= np.arange(keys.shape[1])
-    ordered = ranked.copy()
+    if keys.itemsize == 2 and keys.shape[1] <= 1 << 16:
+        return _by_pairs(keys, k, np.dtype(np.int32))
+    if keys.itemsize <= 4 and _are_tied(keys):
+        return _by_pairs(keys, k, np.dtype(np.int64))
+    return _by_threshold(keys, k)
+
+
+def _are_tied(keys: Keys) -> bool:
+    """Tell whether a quarter of the keys may be equal, at which a partition goes astray."""
+    if keys.size < _TIES_MATTER_FROM:
+        return False
+    few = np.sort(keys.reshape(-1)[:: keys.size // 64])
+    return bool((few[16:] == few[:-16]).any())
+
+
+def _by_pairs(keys: Keys, k: int, wide: np.dtype[np.signedinteger[Any]]) -> Bools:
+    """Partition pairs of key and index: no two are equal, and their order is the order."""
+    pairs = np.left_shift(keys, 4 * wide.itemsize, dtype=wide)
+    pairs |= np.arange(keys.shape[1], dtype=wide)
+    ordered = pairs.copy()
     ordered.partition(k - 1, axis=1)
-    behind: Bools = ranked > ordered[:, k - 1 : k]
+    behind: Bools = pairs > ordered[:, k - 1 : k]
     return behind
 
 
-def _by_partition_and_ties(keys: Keys, k: int) -> Bools:
+def _by_threshold(keys: Keys, k: int) -> Bools:
     """Keep what is above the k-th key of its row, and of the ties with it the last ones."""
-    ordered = keys.copy()
-    ordered.partition(k - 1, axis=1)
-    threshold = ordered[:, k - 1 : k]
+    ordered = keys.astype(np.int32) if keys.itemsize == 2 else keys.copy()
+    ordered.partition(k - 1, axis=1)  # of 16-bit integers it is slow
+    threshold = ordered[:, k - 1 : k].astype(keys.dtype)
     keep: Bools = keys > threshold
     surplus = keys.shape[1] - k - np.count_nonzero(keep, axis=1)
     if rows := np.flatnonzero(surplus).tolist():
         ties = keys[rows] == threshold[rows]
-        from_right = np.cumsum(ties[:, ::-1], axis=1, dtype=np.int64)[:, ::-1]
+        wide = np.int32 if keys.shape[1] < 1 << 31 else np.int64
+        from_right = np.cumsum(ties[:, ::-1], axis=1, dtype=wide)[:, ::-1]
         keep[rows] |= ties & (from_right <= surplus[rows, None])
     return keep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -101,8 +102,13 @@ def test_law_2_every_backend_gives_the_same_masks(data: st.DataObject):
     assert np.array_equal(_by_selecting(keys, layout, spans, None, make), expected)
     assert np.array_equal(_by_sort(keys, layout, spans, None, make), expected)
     if 0 < k < n:
-        assert np.array_equal(selecting._by_shifts(keys.numpy(), k), expected)
-        assert np.array_equal(selecting._by_partition(keys.numpy(), k), expected)
+        ways = [selecting._by_shifts, selecting._by_partition, selecting._by_threshold]
+        ways += [selecting._by_words] if n in selecting._WORDS else []
+        for way, dtype in itertools.product(ways, (np.int16, np.int32, np.int64)):
+            assert np.array_equal(way(keys.numpy().astype(dtype), k), expected), (way, dtype)
+        for dtype, wide in ((np.int16, np.int32), (np.int16, np.int64), (np.int32, np.int64)):
+            got = selecting._by_pairs(keys.numpy().astype(dtype), k, np.dtype(wide))
+            assert np.array_equal(got, expected), (dtype, wide)
 
 
 @given(st.data())

@@ -42,6 +42,8 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(bracketing, "_CHUNK", 16)
     monkeypatch.setattr(selecting, "_BRACKET_FROM", 32)
     monkeypatch.setattr(bracketing, "_SAMPLE", 3)
+    monkeypatch.setattr(bracketing, "_LINE", 2)
+    monkeypatch.setattr(selecting, "_TIES_MATTER_FROM", 64)
     monkeypatch.setattr(units, "_CHUNK", 16)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
