@@ -204,12 +204,19 @@ def _by_threshold(keys: Keys, k: int) -> Bools:
     """Keep what is above the k-th key of its row, and of the ties with it the last ones."""
     ordered = keys.astype(np.int32) if keys.itemsize == 2 else keys.copy()
     ordered.partition(k - 1, axis=1)  # of 16-bit integers it is slow
-    threshold = ordered[:, k - 1 : k].astype(keys.dtype)
+    threshold = ordered[:, k - 1 : k].astype(keys.dtype, copy=False)
     keep: Bools = keys > threshold
-    surplus = keys.shape[1] - k - np.count_nonzero(keep, axis=1)
-    if rows := np.flatnonzero(surplus).tolist():
-        ties = keys[rows] == threshold[rows]
-        wide = np.int32 if keys.shape[1] < 1 << 31 else np.int64
-        from_right = np.cumsum(ties[:, ::-1], axis=1, dtype=wide)[:, ::-1]
-        keep[rows] |= ties & (from_right <= surplus[rows, None])
+    left = keys.shape[1] - k
+    if np.count_nonzero(keep) < len(keys) * left:
+        _keep_last_ties(keep, keys, threshold, left)
     return keep
+
+
+def _keep_last_ties(keep: Bools, keys: Keys, threshold: Keys, left: int) -> None:
+    """Keep the last of the ties with the threshold, so that so many are left in each row."""
+    surplus = left - np.count_nonzero(keep, axis=1)
+    rows = np.flatnonzero(surplus)
+    ties = keys[rows] == threshold[rows]
+    wide = np.int32 if keys.shape[1] < 1 << 31 else np.int64
+    from_right = np.cumsum(ties[:, ::-1], axis=1, dtype=wide)[:, ::-1]
+    keep[rows] |= ties & (from_right <= surplus[rows, None])
