@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -144,8 +143,8 @@ def refuse_two_pruners(model: nn.Module, params: Mapping[str, Tensor], token: st
         for hook in module._forward_pre_hooks.values():
             if not isinstance(hook, MaskHook) or hook.store.token == token:
                 continue
-            for path, _ in hook.paths:
-                if name := names.get(id(operator.attrgetter(path)(module))):
+            for look_up, _ in hook.params:
+                if name := names.get(id(look_up(module))):
                     raise ValueError(
                         f"Expected parameters that no other pruner masks; {name!r} has a pruner. "
                         f"End that one first with its finalize(inplace=True), or set {name!r} to "

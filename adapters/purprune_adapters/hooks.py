@@ -23,15 +23,17 @@ class Seen(NamedTuple):
 
     tensor: weakref.ref[Tensor]
     state: tuple[int, ...]
+    trained: bool
 
     @classmethod
     def of(cls, tensor: Tensor) -> Seen:
         """Remember a tensor as it stands now."""
-        return cls(weakref.ref(tensor), state_of(tensor))
+        return cls(weakref.ref(tensor), state_of(tensor), tensor.requires_grad)
 
     def is_still(self, tensor: Tensor) -> bool:
-        """Tell whether this is the tensor, not written to since, and with the same memory."""
-        return self.tensor() is tensor and self.state == state_of(tensor)
+        """Tell whether this is the tensor, not written to, thawed or given other memory since."""
+        same = self.tensor() is tensor and self.trained is tensor.requires_grad
+        return same and self.state == state_of(tensor)
 
 
 class MaskStore:
@@ -101,12 +103,11 @@ class MaskStore:
 
     def apply_if_changed_(self, name: str, param: Tensor) -> None:
         """Write zeros unless neither the parameter nor its mask changed since the last time."""
-        self._hook_gradient(name, param)  # it may be thawed without being written to
         if self.changed(name, param):
             self.apply_(name, param)
 
     def changed(self, name: str, param: Tensor) -> bool:
-        """Tell whether the parameter was written to, or is another one, since it was masked."""
+        """Tell whether the parameter was written to, thawed, or replaced since it was masked."""
         known = self._clean.get(name)
         return known is None or not known.is_still(param)
 
@@ -152,14 +153,14 @@ class MaskHook:
     def __init__(self, store: MaskStore, paths: Iterable[tuple[str, str]]) -> None:
         """Take pairs of a path from the module to a parameter and the parameter's name."""
         self.store = store
-        self.paths = tuple(paths)
+        self.params = tuple((operator.attrgetter(path), name) for path, name in paths)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Mask what changed; while a graph is captured the weights are masked already."""
         if torch.compiler.is_compiling():
             return
-        for path, name in self.paths:
-            param = operator.attrgetter(path)(module)
+        for look_up, name in self.params:
+            param = look_up(module)
             # Other tensors stand here under torch.func: they are the caller's, and not written to.
             if isinstance(param, nn.Parameter) and self.store.is_for(name, param):
                 self.store.apply_if_changed_(name, param)

@@ -7,24 +7,29 @@ from torch import Tensor
 
 from purprune.ranking import WORDS
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 20
 """Entries at a time on the CPU: the widened mask stays in the cache, in memory used again."""
 
+_WORDS = {
+    dtype: WORDS[dtype.itemsize]
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize in WORDS
+}
 
-@torch.no_grad()
+
 def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
     """Set the pruned entries of ``tensor`` to +0; the others keep every bit.
 
     ``mask`` is bool, True = keep. The words of the tensor are multiplied by 0 or 1 as integers: a
     pruned inf or NaN becomes 0 too, and one byte per entry is read where a float mask costs four.
     """
-    words = WORDS.get(tensor.itemsize)
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    if words is None or not plain or not tensor.is_floating_point():
-        tensor.detach().masked_fill_(~mask, 0)
+    tensor = tensor.detach()  # each step comes here for each tensor: as few calls as may be
+    words = _WORDS.get(tensor.dtype)
+    if words is None or type(tensor) is not Tensor or tensor.layout is not torch.strided:
+        tensor.masked_fill_(~mask, 0)
         return
-    bits, factors = tensor.detach().view(words), mask.view(torch.int8)
-    if bits.device.type == "cpu" and bits.numel() > _CHUNK:
+    bits, factors = tensor.view(words), mask.view(torch.int8)
+    if bits.numel() > _CHUNK and bits.device.type == "cpu":
         _multiply_(bits, factors)
     else:
         bits.mul_(factors)
