@@ -45,6 +45,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/training.py --compile
+	$(BIN)/python benchmarks/export.py
 
 docs: $(DOCS_READY)  ## build the site into site/, without a warning, and run the notebook
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/book/mkdocs.yml
