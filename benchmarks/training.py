@@ -100,7 +100,8 @@ def with_one_pass(net: nn.Module, optimizer: Any) -> Callable[[], None]:
         param.grad.mul_(1.0)
 
     for layer in _layers(net):
-        layer.get_parameter("weight").register_post_accumulate_grad_hook(scale_)
+        weight = layer.get_parameter("weight")
+        weight.register_post_accumulate_grad_hook(scale_)  # type: ignore[no-untyped-call]
     return lambda: None
 
 
