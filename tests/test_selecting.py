@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -93,6 +94,29 @@ def test_large_groups_of_every_shape_of_data_are_exact(values: str, s: float):
     }[values].view(40, 25)
     expected = prune_oracle(w.abs(), Pattern(), Rule(s).target)
     assert torch.equal(compute_masks({"w": w}, 0, Rule(s))["w"], expected)
+
+
+@pytest.mark.parametrize("n", [1 << 16, (1 << 16) + 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_pairs_of_key_and_index_fit_their_words(monkeypatch: pytest.MonkeyPatch, n: int, dtype):
+    """Defends the last index that 16 bits hold, and the first that they do not."""
+    monkeypatch.setattr(selecting, "_BRACKET_FROM", 1 << 20)
+    monkeypatch.setattr(selecting, "_CHUNK", 1 << 20)
+    w = torch.ones(1, n, dtype=dtype)
+    w[0, -2:] = 2.0
+    for k in (1, n - 3, n - 2, n - 1):
+        keep = compute_masks({"w": w}, 0, Rule(Fraction(k, n)))["w"]
+        assert int(keep.sum()) == n - k
+        assert keep[0, k:].all()  # all ties but the last two: by index
+
+
+def test_data_at_which_a_partition_goes_astray_is_found():
+    """Defends the speed: many zeros are told from distinct values, whatever their order."""
+    generator = torch.Generator().manual_seed(0)
+    distinct = torch.randperm(4096, generator=generator).int().numpy().reshape(1, -1)
+    zeros = np.where(np.arange(4096) % 5 < 4, 0, distinct)
+    assert selecting._are_tied(zeros)
+    assert not selecting._are_tied(distinct)
 
 
 def test_the_bracket_really_is_used(monkeypatch: pytest.MonkeyPatch):
