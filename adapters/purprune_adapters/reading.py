@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -17,6 +16,9 @@ from purprune import Rule
 from purprune.selection import LazyParams
 from purprune_adapters.checkpoints import Checkpoint
 from purprune_adapters.tensor_files import FileLayout, as_bytes, map_tensor
+
+_AROUND = 1 << 16
+"""Bytes that Linux maps with the one that is read."""
 
 
 class Background:
@@ -104,5 +106,5 @@ class Reader(LazyParams):
 
 
 def _touch(tensor: Tensor) -> None:
-    """Read a byte of every page, without the interpreter lock."""
-    np.asarray(as_bytes(tensor))[:: mmap.PAGESIZE].max(initial=0)
+    """Read a byte here and there, without the interpreter lock: the kernel maps what is around."""
+    np.asarray(as_bytes(tensor))[::_AROUND].max(initial=0)

@@ -29,7 +29,7 @@ from purprune_adapters.tensor_files import (
 
 _PART = 1 << 18
 """Entries that are masked and written at a time."""
-_SYNC_EVERY = 1 << 26
+_SYNC_EVERY = 1 << 25
 """Bytes that the disk gets at a time, while the next are made: it is what is waited for longest."""
 
 

@@ -162,12 +162,18 @@ def read_at(descriptor: int, into: memoryview, start: int) -> None:
 def map_tensor(file: Path, span: Span) -> Tensor:
     """Map a tensor of a file into memory. The file stays as it is, whatever is done to the tensor.
 
-    A mapping that torch may not write to would be warned of, so it is one that copies what is
-    written. Words that lie across their boundaries are copied: numpy is not told of them by torch.
+    Torch warns of memory that it may not write to, so pages are copied when they are written to.
+    Words that lie across their boundaries are copied at once: torch says nothing of them to numpy.
+
+    Raises:
+        OSError: the file ends before.
     """
     if not span.size:
         return torch.empty(span.shape, dtype=span.dtype)
-    raw: Any = np.memmap(file, np.uint8, "c", span.start, (span.size,))
+    try:
+        raw: Any = np.memmap(file, np.uint8, "c", span.start, (span.size,))
+    except ValueError:
+        raise OSError(f"Expected {span.stop:,} bytes in '{file}'; it was cut short.") from None
     if span.start % span.dtype.itemsize:
         raw = np.array(raw)
     return torch.from_numpy(raw).view(span.dtype).reshape(span.shape)
