@@ -72,9 +72,9 @@ def prune_checkpoint(
 
     Tensors keep their names, dtypes, files and places, headers their metadata; tensors without a
     rule keep every bit. Other files of a folder (configs, tokenizers) are copied. In memory are
-    two tensors and a mask. The result is made in a hidden folder beside ``destination``
-    and renamed at the end. A call with the same arguments goes on where a killed one stopped: files
-    that were whole are checked by the CRC-32 of each tensor and kept.
+    three tensors, mapped, and two masks. The result is made in a hidden folder beside
+    ``destination`` and renamed at the end. A call with the same arguments goes on where a killed
+    one stopped: files that were whole are checked by the CRC-32 of each tensor and kept.
 
     Args:
         source: a ``.safetensors`` file, an index, or a folder, as :class:`Checkpoint` takes them.
