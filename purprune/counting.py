@@ -175,7 +175,8 @@ def _look_ahead(
     groups: Sequence[Group], searches: Sequence[_Search], reduce: Reduce, bits: int, sample: int
 ) -> list[_Search]:
     """Return searches whose windows hold the rank, as a sample says, but for bad luck (4 sigma)."""
-    large = [i for i, s in enumerate(searches) if s.among > sample]
+    # where each key has a bucket of its own one round finds it, and the sample would be another
+    large = [i for i, s in enumerate(searches) if s.among > sample and s.buckets().shift]
     samples = [
         [sampled(groups[i], part, searches[i].kept, sample) for part in groups[i].parts]
         for i in large

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from purprune.keys import spread_evenly
-from purprune.ranking import WORDS, key_scratch, keys_of
+from purprune.ranking import WORDS, key_range, key_scratch, keys_of
 from purprune.threads import in_threads
 
 T = TypeVar("T")
@@ -25,6 +25,8 @@ Array = Any  # numpy's on the CPU, where it is faster, else torch's
 _CHUNK = 1 << 18
 """Keys that are made at a time on the CPU, so that scratch stays in the cache."""
 _DEVICE_CHUNK = 1 << 23
+_FEW = 64
+"""Of so many keys one may be tied for their places to be remembered: an eighth of the mask."""
 
 
 class Part(NamedTuple):
@@ -109,11 +111,17 @@ class Tally:
 
     def add(self, nan: int, below: int, inside: Array) -> None:
         """Count a chunk; ``inside`` says in which bucket, from 0, each key is."""
+        number = len(self._counts) - 2
+        enough = len(inside) >= number  # which other threads need not wait for
+        found = _histogram(inside, number) if enough else None
         with self._lock:
             self._counts[:2] += (nan, below)
+            if found is not None:
+                self._counts[2:] += found
+                return
             self._waiting.append(inside)
             self._waiting_keys += len(inside)
-            if self._waiting_keys >= len(self._counts):
+            if self._waiting_keys >= number:
                 self._settle()
 
     def counts(self) -> Tensor:
@@ -123,13 +131,15 @@ class Tally:
 
     def _settle(self) -> None:
         waiting, self._waiting, self._waiting_keys = self._waiting, [], 0
-        if waiting and isinstance(waiting[0], Tensor):
-            found = torch.bincount(torch.cat(waiting), minlength=len(self._counts) - 2)
-            self._counts[2:] += found.cpu().numpy()
-        elif waiting:
-            self._counts[2:] += np.bincount(
-                np.concatenate(waiting), minlength=len(self._counts) - 2
-            )
+        if waiting:
+            together = torch.cat if isinstance(waiting[0], Tensor) else np.concatenate
+            self._counts[2:] += _histogram(together(waiting), len(self._counts) - 2)
+
+
+def _histogram(inside: Array, number: int) -> Array:
+    if isinstance(inside, Tensor):
+        return torch.bincount(inside, minlength=number).cpu().numpy()
+    return np.bincount(inside, minlength=number)
 
 
 def _on_cpu(tensor: Tensor) -> bool:
@@ -211,9 +221,14 @@ def _flat(mask: Tensor | None) -> Array | None:
 def count_part(group: Group, part: Part, kept: bool, buckets: Buckets, tally: Tally) -> None:
     """Count the keys of a part."""
     scores = part.scores()
+    low, high = group.among or key_range(group.dtype, group.absolute)
+    everything = buckets.start <= low and high < buckets.stop
 
     def count(starts: Sequence[int]) -> None:
         for chunk in _chunks(scores, starts, part, group, kept):
+            if everything:
+                tally.add(chunk.nan, 0, _taken(chunk.keys, chunk.active, buckets))
+                continue
             below, inside = chunk.below(buckets.start), chunk.up_to(buckets.stop - 1)
             if chunk.active is not None:
                 below &= chunk.active
@@ -230,12 +245,15 @@ def _count(flags: Array) -> int:
     return int(np.count_nonzero(flags))
 
 
-def _taken(keys: Array, inside: Array, buckets: Buckets) -> Array:
-    """Return in which bucket, from 0, the keys are that are inside."""
+def _taken(keys: Array, inside: Array | None, buckets: Buckets) -> Array:
+    """Return in which bucket, from 0, the keys are that are inside; None: all are."""
     if isinstance(keys, Tensor):
-        return (keys[inside] >> buckets.shift).to(torch.int64) - buckets.first
-    if not inside.all():
+        keys = keys if inside is None else keys[inside]
+        return (keys >> buckets.shift).to(torch.int64) - buckets.first
+    if inside is not None and not inside.all():
         keys = np.compress(inside, keys)
+    if not buckets.shift and not buckets.first:
+        return keys.astype(np.int64)  # which bincount would do, and the keys are scratch
     keys = keys >> buckets.shift
     wide = np.int64 if keys.itemsize == 8 else np.int32
     return np.subtract(keys, buckets.first, dtype=wide)
@@ -273,8 +291,8 @@ def keep(group: Group, part: Part, outcome: Outcome, ties: int) -> tuple[Tensor,
     flat: Array = stay.view(-1).numpy() if _on_cpu(scores) else stay.view(-1)
     floor = _flat(part.floor)
 
-    def mark(starts: Sequence[int]) -> list[tuple[int, int]]:
-        tied: list[tuple[int, int]] = []
+    def mark(starts: Sequence[int]) -> list[tuple[int, int, Array | None]]:
+        tied: list[tuple[int, int, Array | None]] = []
         for chunk in _chunks(scores, starts, part, group, outcome.kept):
             into = flat[chunk.start : chunk.start + len(chunk.keys)]
             at_least = np.greater_equal if _on_cpu(scores) else torch.ge
@@ -286,14 +304,19 @@ def keep(group: Group, part: Part, outcome: Outcome, ties: int) -> tuple[Tensor,
                 if floor is not None:
                     into &= floor[chunk.start : chunk.start + len(chunk.keys)]
             if ties:
-                tied.append((chunk.start, _count(chunk.ties(outcome.bound))))
+                equal = chunk.ties(outcome.bound)
+                number = _count(equal)
+                few = number <= len(chunk.keys) // _FEW
+                tied.append((chunk.start, number, _where(equal) if few else None))
         return tied
 
     left = ties
-    for start, tied in [found for run in _over_chunks(mark, scores) for found in run]:
+    for start, tied, at in [found for run in _over_chunks(mark, scores) for found in run]:
         if left and tied:
-            (chunk,) = _chunks(scores, [start], part, group, outcome.kept)
-            flat[start + _where(chunk.ties(outcome.bound))[:left]] = False
+            if at is None:  # to hold so many would take more memory than the mask
+                (chunk,) = _chunks(scores, [start], part, group, outcome.kept)
+                at = _where(chunk.ties(outcome.bound))
+            flat[start + at[:left]] = False
             left -= min(left, tied)
     return stay, ties - left
 

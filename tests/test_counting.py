@@ -25,6 +25,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make chunks so small that small tensors have many, in several threads."""
     monkeypatch.setattr(parts, "_CHUNK", 16)
     monkeypatch.setattr(parts, "_DEVICE_CHUNK", 16)
+    monkeypatch.setattr(parts, "_FEW", 4)  # up to 4 ties are remembered, of more it is asked again
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -227,6 +228,40 @@ def test_rounds_are_as_few_as_the_buckets_allow():
         group = Group([part], 30_000, (len(w),), dtype, True)
         count_down([group], bits=bits, sample=sample)
         assert len(reads) - bool(sample) <= most
+
+
+@pytest.mark.parametrize(("tied", "again"), [(4, False), (5, True), (16, True)])
+def test_only_few_ties_of_a_chunk_are_remembered(monkeypatch, tied, again):
+    """Defends memory where all are tied, and one pass where they are not; the first ties go."""
+    w = torch.arange(10.0, 42).bfloat16()
+    w[16 : 16 + tied] = 9
+    group = Group([Part(lambda: w, 0)], 3, (32,), torch.bfloat16, True)
+    (outcome,) = count_down([group])
+    calls = []
+    chunks = parts._chunks
+    monkeypatch.setattr(parts, "_chunks", lambda *a: calls.append(a) or chunks(*a))
+    mask, gone = keep(group, group.parts[0], outcome, outcome.ties)
+    assert (gone, (~mask).nonzero().flatten().tolist()) == (3, [16, 17, 18])
+    assert len(calls) - 2 == again  # besides the two threads'
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_counted_in_one_pass_without_a_sample(dtype, absolute):
+    """Defends checkpoints that are not in the page cache: a sample would read all of them."""
+    w = torch.randn(50_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    w[0], w[1] = float("inf"), float("-inf")  # the ends of what there is
+    reads: list[Tensor] = []
+    part = Part(lambda: reads.append(w) or w, 0)
+    for k in (1, 25_000, 49_999):
+        reads.clear()
+        group = Group([part], k, (len(w),), dtype, absolute)
+        (outcome,) = count_down([group], sample=1000)
+        assert len(reads) == 1
+        mask, _ = keep(group, part, outcome, outcome.ties)
+        scores = w.float().abs() if absolute else w.float()
+        first = np.argsort(scores.numpy(), kind="stable")[:k]
+        assert np.array_equal(np.flatnonzero(~mask.numpy()), np.sort(first))
 
 
 def test_a_sample_that_misleads_costs_a_round_and_no_bit(monkeypatch: pytest.MonkeyPatch):

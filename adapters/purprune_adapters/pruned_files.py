@@ -72,9 +72,9 @@ def prune_checkpoint(
 
     Tensors keep their names, dtypes, files and places, headers their metadata; tensors without a
     rule keep every bit. Other files of a folder (configs, tokenizers) are copied. In memory are
-    two tensors and a mask. The result is made in a hidden folder beside ``destination``
-    and renamed at the end. A call with the same arguments goes on where a killed one stopped: files
-    that were whole are checked by the CRC-32 of each tensor and kept.
+    three tensors, mapped, and two masks. The result is made in a hidden folder beside
+    ``destination`` and renamed at the end. A call with the same arguments goes on where a killed
+    one stopped: files that were whole are checked by the CRC-32 of each tensor and kept.
 
     Args:
         source: a ``.safetensors`` file, an index, or a folder, as :class:`Checkpoint` takes them.
@@ -116,7 +116,7 @@ def _shards(
     for name, file in job.checkpoint.files().items():
         names[job.key(file)].append(name)
     reader = Reader(job.checkpoint, job.layouts, job.rules, progress)
-    with ExitStack() as files, reader, Background[None]() as background:
+    with ExitStack() as files, reader, Background() as syncing, Background() as background:
         packed = files.enter_context(_mask_file(job, work)) if job.masks else None
         found = _whole(job, work, done, packed)
         resumed = len(found)
@@ -127,12 +127,11 @@ def _shards(
             if key in found:
                 progress("found", layout.size)
                 continue
-            shard = files.enter_context(Shard(work.result / key, file, layout, progress))
+            shard = files.enter_context(Shard(work.result / key, file, layout, progress, syncing))
             write_shard(shard, names[key], masks, job.rules, reader, packed, background)
             background.do(partial(shard.finish, packed, partial(work.done, key)))
             found[key] = shard.facts
-        if len(found) > resumed:
-            background.result()
+        background.wait()
     return found, resumed
 
 

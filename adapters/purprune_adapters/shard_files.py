@@ -19,18 +19,18 @@ from purprune_adapters.tensor_files import (
     FileLayout,
     Opened,
     as_bytes,
-    copy_span,
     crc_of,
     create,
     new_layout,
+    parts_of,
     read_at,
     write_at,
 )
 
 _PART = 1 << 18
 """Entries that are masked and written at a time."""
-_SYNC_EVERY = 1 << 28
-"""Bytes after which the disk has to have them: so there is never much to wait for at the end."""
+_SYNC_EVERY = 1 << 25
+"""Bytes that the disk gets at a time, while the next are made: it is what is waited for longest."""
 
 
 class Facts(NamedTuple):
@@ -85,12 +85,13 @@ class Shard:
     """One file that is being written."""
 
     def __init__(
-        self, path: Path, source: Path, layout: FileLayout, progress: Callable[[str, int], None]
-    ) -> None:
+        self, path: Path, source: Path, layout: FileLayout, progress: Callable[[str, int], None],
+        syncing: Background,
+    ) -> None:  # fmt: skip
         """Make the file with the header of the other."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._source, self._layout, self._progress = source, layout, progress
-        self._descriptor, self._unsynced = create(path, layout), 0
+        self._descriptor, self._unsynced, self._syncing = create(path, layout), 0, syncing
         self.facts = Facts({}, {}, {})
 
     def __enter__(self) -> Self:
@@ -105,52 +106,55 @@ class Shard:
 
     def copy(self, name: str) -> None:
         """Copy a tensor byte for byte."""
+        crc = 0
         with Opened(self._source) as file:
-            crc = copy_span(file.descriptor, self._descriptor, self._layout.spans[name])
+            for start, part in parts_of(file.descriptor, self._layout.spans[name]):
+                crc = self._put(part, start, crc)
         self._wrote(name, crc)
 
     def write(self, name: str, tensor: Tensor, mask: Tensor, masks: MaskFile | None) -> None:
-        """Write a tensor with its mask applied, and the mask where there is a file for masks."""
-        crc = _write_masked(self._descriptor, tensor, mask, self._layout.spans[name].start)
-        self.facts.zeros[name] = mask.numel() - int(np.count_nonzero(mask.numpy()))
+        """Write a tensor with its mask applied, and the mask where there is a file for masks.
+
+        The words are multiplied by 0 or 1 as :func:`zero_pruned_` does, part by part in the cache,
+        and by numpy: the threads of torch would wait in a loop between the parts, and so take the
+        cores from those that make masks.
+        """
+        words: Any = tensor.reshape(-1).view(WORDS[tensor.itemsize]).numpy()
+        kept: Any = mask.reshape(-1).numpy()
+        scratch: Any = np.empty(min(_PART, len(words)), words.dtype)
+        start, crc, zeros = self._layout.spans[name].start, 0, len(kept)
+        for at in range(0, len(words), _PART):
+            keep = kept[at : at + _PART]
+            part = scratch[: len(keep)]
+            np.multiply(words[at : at + _PART], keep.view(np.int8), out=part)
+            zeros -= int(np.count_nonzero(keep))
+            crc = self._put(memoryview(part.view(np.uint8)), start + at * words.itemsize, crc)
+        self.facts.zeros[name] = zeros
         if masks is not None:
             self.facts.masks[name] = masks.write(name, mask)
         self._wrote(name, crc)
 
     def finish(self, masks: MaskFile | None, done: Callable[[Facts], None]) -> None:
         """Bring all to the disk, and note that it is there."""
+        self._syncing.wait()
         os.fsync(self._descriptor)
         self.__exit__()
         if masks is not None:
             masks.sync()
         done(self.facts)
 
+    def _put(self, data: memoryview, start: int, crc: int) -> int:
+        """Write; return the CRC-32 so far. The disk begins with what is there."""
+        crc = write_at(self._descriptor, data, start, crc)
+        self._unsynced += len(data)
+        if self._unsynced >= _SYNC_EVERY:
+            self._syncing.do(partial(os.fsync, self._descriptor))
+            self._unsynced = 0
+        return crc
+
     def _wrote(self, name: str, crc: int) -> None:
         self.facts.crc[name] = crc
-        size = self._layout.spans[name].size
-        self._unsynced += size
-        if self._unsynced >= _SYNC_EVERY:
-            os.fsync(self._descriptor)
-            self._unsynced = 0
-        self._progress("written", size)
-
-
-def _write_masked(descriptor: int, tensor: Tensor, mask: Tensor, start: int) -> int:
-    """Write a tensor, with zeros where its mask says so; return the CRC-32 of what was written.
-
-    The words are multiplied by 0 or 1 as :func:`zero_pruned_` does, part by part in the cache, and
-    by numpy: the threads of torch would wait in a loop between the parts, and so take the cores
-    from those that make masks.
-    """
-    words: Any = tensor.reshape(-1).view(WORDS[tensor.itemsize]).numpy()
-    kept: Any = mask.reshape(-1).view(torch.int8).numpy()
-    crc = 0
-    for at in range(0, len(words), _PART):
-        part = words[at : at + _PART]
-        np.multiply(part, kept[at : at + _PART], out=part)
-        data = memoryview(part.view(np.uint8))
-        crc = write_at(descriptor, data, start + at * tensor.itemsize, crc)
-    return crc
+        self._progress("written", self._layout.spans[name].size)
 
 
 def write_shard(
@@ -160,7 +164,7 @@ def write_shard(
     rules: Mapping[str, Rule],
     reader: Reader,
     packed: MaskFile | None,
-    background: Background[None],
+    background: Background,
 ) -> None:
     """Write the tensors of a file, one while the mask of the next is made."""
     for name in names:
@@ -170,16 +174,8 @@ def write_shard(
         found, mask = next(masks)
         if found != name:
             raise RuntimeError(f"Expected the mask of {name!r}; got that of {found!r}.")
-        tensor = reader.take(name)
-        background.do(partial(_write, shard, name, tensor, mask, packed, reader))
-        del tensor, mask
-
-
-def _write(
-    shard: Shard, name: str, tensor: Tensor, mask: Tensor, packed: MaskFile | None, reader: Reader
-) -> None:
-    shard.write(name, tensor, mask, packed)
-    reader.give_back(tensor)
+        background.do(partial(shard.write, name, reader[name], mask, packed))
+        del mask
 
 
 def is_whole(path: Path, layout: FileLayout, facts: Facts, packed: MaskFile | None) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -158,11 +159,24 @@ def read_at(descriptor: int, into: memoryview, start: int) -> None:
         into, start = into[done:], start + done
 
 
-def read_tensor(descriptor: int, span: Span, memory: Tensor) -> Tensor:
-    """Read a tensor into the beginning of a memory of bytes, which the tensor then is."""
-    raw = memory[: span.size]
-    read_at(descriptor, as_bytes(raw), span.start)
-    return raw.view(span.dtype).reshape(span.shape)
+def map_tensor(file: Path, span: Span) -> Tensor:
+    """Map a tensor of a file into memory. The file stays as it is, whatever is done to the tensor.
+
+    Torch warns of memory that it may not write to, so pages are copied when they are written to.
+    Words that lie across their boundaries are copied at once: torch says nothing of them to numpy.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    if not span.size:
+        return torch.empty(span.shape, dtype=span.dtype)
+    try:
+        raw: Any = np.memmap(file, np.uint8, "c", span.start, (span.size,))
+    except ValueError:
+        raise OSError(f"Expected {span.stop:,} bytes in '{file}'; it was cut short.") from None
+    if span.start % span.dtype.itemsize:
+        raw = np.array(raw)
+    return torch.from_numpy(raw).view(span.dtype).reshape(span.shape)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -171,24 +185,15 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def copy_span(source: int, target: int, span: Span) -> int:
-    """Copy the bytes of a tensor to the same place in another file; return their CRC-32."""
-    crc = 0
-    for start, part in _parts(source, span):
-        write_at(target, part, start)
-        crc = zlib.crc32(part, crc)
-    return crc
-
-
 def crc_of(descriptor: int, span: Span) -> int:
     """Return the CRC-32 of the bytes of a tensor."""
     crc = 0
-    for _, part in _parts(descriptor, span):
+    for _, part in parts_of(descriptor, span):
         crc = zlib.crc32(part, crc)
     return crc
 
 
-def _parts(descriptor: int, span: Span) -> Iterator[tuple[int, memoryview]]:
+def parts_of(descriptor: int, span: Span) -> Iterator[tuple[int, memoryview]]:
     """Yield the bytes of a tensor part by part, each with its place."""
     buffer = memoryview(bytearray(min(_CHUNK, span.size)))
     for start in range(span.start, span.stop, _CHUNK):

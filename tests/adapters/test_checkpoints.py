@@ -91,10 +91,18 @@ class Counted(LazyParams):
         return len(self.params)
 
 
-@pytest.mark.parametrize(("scope", "most"), [("tensor", 1), ("global", 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_tensor_is_read_once_or_in_a_global_group_twice_and_for_a_sample(scope, most, dtype):
-    """Defends the number of passes over a file: a sample, a count, the masks."""
+@pytest.mark.parametrize(
+    ("scope", "dtype", "most"),
+    [
+        ("tensor", torch.float32, 1),
+        ("tensor", torch.bfloat16, 1),
+        ("global", torch.float32, 3),
+        ("global", torch.bfloat16, 2),
+        ("global", torch.float16, 2),
+    ],
+)
+def test_each_tensor_is_read_once_or_in_a_global_group_twice_and_for_a_sample(scope, dtype, most):
+    """Defends the number of passes over a file: a sample but for 16 bits, a count, the masks."""
     generator = torch.Generator().manual_seed(0)
     params = Counted(
         {f"w{i}": torch.randn(300, 300, generator=generator).to(dtype) for i in range(3)}

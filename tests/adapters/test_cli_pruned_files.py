@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -30,9 +31,9 @@ from purprune_adapters import Checkpoint
 
 safetensors = pytest.importorskip("safetensors.torch")
 
-from purprune_adapters import prune_jobs  # noqa: E402
+from purprune_adapters import prune_jobs, shard_files  # noqa: E402
 from purprune_adapters.pruned_files import prune_checkpoint  # noqa: E402
-from purprune_adapters.tensor_files import new_layout, read_layout  # noqa: E402
+from purprune_adapters.tensor_files import Span, map_tensor, new_layout, read_layout  # noqa: E402
 
 GLOBAL = Rule(0.6, pattern=Unstructured(scope="global"))
 RULES = {
@@ -193,6 +194,68 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, rule, stop)
     assert masks.read_bytes() == (tmp_path / "calm.safetensors").read_bytes()
     assert result.total == prune_checkpoint(source, calm, eval(rule), overwrite=True).total
     assert not (tmp_path / ".out.purprune").exists()
+
+
+@pytest.mark.parametrize("rule", [Rule(0.5), GLOBAL])
+def test_parts_that_divide_no_tensor_change_no_byte(tmp_path, monkeypatch, rule):
+    """Defends tensors larger than a part, ragged ends, and disks that are behind."""
+    source = folder(tmp_path)
+    syncs: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(shard_files.os, "fsync", lambda file: syncs.append(file) or fsync(file))
+    prune_checkpoint(source, tmp_path / "calm", rule, masks=tmp_path / "calm.safetensors")
+    at_the_end = len(syncs)
+    monkeypatch.setattr(shard_files, "_PART", 101)
+    monkeypatch.setattr(shard_files, "_SYNC_EVERY", 999)
+    prune_checkpoint(source, tmp_path / "out", rule, masks=tmp_path / "m.safetensors")
+    assert len(syncs) - at_the_end > at_the_end + 20
+    assert everything(tmp_path / "out") == everything(tmp_path / "calm")
+    assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "calm.safetensors").read_bytes()
+
+
+def test_a_disk_that_fails_is_told_and_the_file_does_not_count(tmp_path, monkeypatch):
+    """Defends errors of the thread that waits for the disk: they end the run, none is lost."""
+    source, out = folder(tmp_path), tmp_path / "out"
+    monkeypatch.setattr(shard_files, "_SYNC_EVERY", 1 << 13)
+
+    def fail(file: int) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shard_files.os, "fsync", fail)
+        with pytest.raises(OSError, match="the disk is gone"):
+            prune_checkpoint(source, out, Rule(0.5))
+    assert not out.exists()
+    assert prune_checkpoint(source, out, Rule(0.5)).resumed == 0
+
+
+def test_a_checkpoint_that_is_cut_short_meanwhile_is_told(tmp_path):
+    """Defends against a mapping of what is not there."""
+    source = folder(tmp_path)
+    file = source / "model-00003-of-00003.safetensors"
+
+    def progress(what: str, size: int) -> None:
+        if file.stat().st_size > 4000:
+            os.truncate(file, 4000)
+
+    with pytest.raises(OSError, match=r"00003.safetensors'; it was cut short"):
+        prune_checkpoint(source, tmp_path / "out", Rule(0.5), progress=progress)
+
+
+def test_a_mapped_tensor_is_that_of_the_file_which_stays_as_it_is(tmp_path):
+    """Defends odd places in a file, of which torch makes no views, empty tensors, scalars."""
+    file = tmp_path / "odd"
+    values = {"b": torch.tensor([1.5, -2.0]).bfloat16(), "i": torch.arange(3), "s": torch.tensor(7)}
+    for start in (16, 17, 20):
+        for value in (*values.values(), torch.empty(0, 3)):
+            data = bytes(value.reshape(-1).view(torch.uint8).tolist())
+            file.write_bytes(bytes(start) + data)
+            span = Span(value.dtype, tuple(value.shape), start, start + len(data))
+            mapped = map_tensor(file, span)
+            assert torch.equal(mapped, value)
+            assert mapped.data_ptr() % value.dtype.itemsize == 0
+            mapped.fill_(0)
+            assert file.read_bytes() == bytes(start) + data
 
 
 class StoppedError(Exception):
