@@ -19,7 +19,7 @@ from typer.testing import CliRunner  # noqa: E402
 import purprune  # noqa: E402
 from purprune import NM, PruneConfig, Rule, apply_masks, compute_masks  # noqa: E402
 from purprune_adapters import Checkpoint  # noqa: E402
-from purprune_adapters.cli import main  # noqa: E402
+from purprune_adapters.cli import demo, main  # noqa: E402
 from purprune_adapters.cli.app import app  # noqa: E402
 
 COMMANDS = ("plan", "prune", "inspect", "schedule", "verify", "config", "demo")
@@ -273,6 +273,39 @@ def test_the_demo_prunes_exactly_and_keeps_its_accuracy(capsys):
     assert zeros == {"conv.weight": 75, "dense.weight": 1536}
     assert result["accuracy"]["pruned"] > 90
     assert result["problems"] == []
+
+
+@pytest.mark.parametrize("there", ["a package", "a folder"])
+def test_the_demo_replaces_no_package_unasked_and_says_so_before_it_trains(
+    capsys, tmp_path, monkeypatch, there
+):
+    """Defends a package that took somebody days, and the time that the training takes."""
+    pytest.importorskip("coremltools")
+    package = tmp_path / "net.mlpackage"
+    (package / "Data" / "com.apple.CoreML").mkdir(parents=True)
+    if there == "a package":
+        (package / "Manifest.json").write_text("mine")
+    monkeypatch.setattr(demo, "_fit", None)
+    assert "--overwrite" in refused(capsys, "demo", "--export", tmp_path / "net")
+    if there == "a folder":
+        words = refused(capsys, "demo", "--export", package, "--overwrite")
+        assert "replaces Core ML packages only" in words
+    assert "Expected an existing folder" in refused(
+        capsys, "demo", "--export", tmp_path / "a" / "b"
+    )
+    assert (package / "Data" / "com.apple.CoreML").is_dir()
+
+
+def test_the_demo_replaces_a_package_when_it_is_told_to(capsys, tmp_path):
+    """Defends --overwrite, and the export of what was trained."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("coremltools")
+    package = tmp_path / "net.mlpackage"
+    (package / "Data" / "com.apple.CoreML").mkdir(parents=True)
+    (package / "Manifest.json").write_text("old")
+    result = found(capsys, "demo", "--export", package, "--overwrite")
+    assert result["export"]["verification"]["ok"]
+    assert (package / "Manifest.json").read_text() != "old"
 
 
 def test_the_demo_names_its_extra(capsys, monkeypatch):

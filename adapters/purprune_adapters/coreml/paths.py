@@ -70,7 +70,8 @@ def _check_free(full: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(
-            f"Expected nothing at path; '{full}' exists. Pass overwrite=True to replace a package."
+            f"Expected nothing at path; '{full}' exists. Pass overwrite=True (--overwrite) to "
+            f"replace a package."
         )
     if not is_package(full):
         raise FileExistsError(
