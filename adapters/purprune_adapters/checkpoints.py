@@ -114,6 +114,15 @@ def _open(file: Path) -> Any:
         raise ValueError(f"Expected a whole safetensors file; got {file}: {error}.") from None
 
 
+def is_safetensors(file: Path) -> bool:
+    """Tell whether there is a whole safetensors file, by its header and size."""
+    try:
+        _open(file)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _header(file: Path) -> dict[str, Tensor]:
     """Return meta tensors of what is in a file."""
     shapes: dict[str, Tensor] = {}
