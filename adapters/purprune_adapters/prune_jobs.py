@@ -95,6 +95,7 @@ def refuse_place(job: Job, *, overwrite: bool) -> None:
             )
         _refuse_own(job, place)
     if job.is_folder:
+        _refuse_suffix(job.place)
         _refuse_other_folder(job)
     else:
         _refuse_other_file(job.place)
@@ -110,10 +111,26 @@ def _refuse_own(job: Job, place: Path) -> None:
         raise FileExistsError(f"Expected another place than the checkpoint's own; got '{place}'.")
 
 
+def _refuse_suffix(place: Path) -> None:
+    """Raise when a folder would be called as a file is, which readers take it for."""
+    if place.suffix in _WEIGHTS:
+        raise ValueError(
+            f"Expected a name for a folder, since the checkpoint is one; got '{place}'. Write "
+            f"'{place.with_suffix('')}'."
+        )
+
+
 def _refuse_other_file(place: Path) -> None:
-    """Raise unless what is replaced is a safetensors file, which its header tells."""
+    """Raise unless it is called a safetensors file, and what is there is one by its header."""
     if place.is_dir():
-        raise IsADirectoryError(f"Expected a file at '{place}'; it is a folder.")
+        raise IsADirectoryError(
+            f"Expected a file at '{place}'; it is a folder. Write '{place / 'out.safetensors'}'."
+        )
+    if place.suffix != ".safetensors":
+        stem = place.with_suffix("") if place.suffix in _WEIGHTS else place
+        raise ValueError(
+            f"Expected a file that ends in .safetensors; got '{place}'. Write '{stem}.safetensors'."
+        )
     if os.path.lexists(place) and not is_safetensors(place):
         raise FileExistsError(
             f"Expected a safetensors file to replace at '{place}'; got something else. Choose "

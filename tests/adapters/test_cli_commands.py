@@ -264,6 +264,59 @@ def test_a_state_dict_of_torch_is_inspected(capsys, tmp_path):
     assert "got a list" in refused(capsys, "inspect", file)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_of_torch_is_told_by_name_with_the_way_to_convert_it(
+    capsys, checkpoint, tmp_path, monkeypatch, zipped
+):
+    """Defends those who have a .pt file: it is whole, but no safetensors file."""
+    file, out, yaml = tmp_path / "net.pt", tmp_path / "out.safetensors", tmp_path / "rules.yaml"
+    yaml.write_text("global_config: {target_sparsity: 0.5}")
+    weights = dict(Checkpoint(checkpoint))
+    torch.save(weights, file, _use_new_zipfile_serialization=zipped)
+    recipe = "save_file(torch.load('net.pt', weights_only=True), 'net.safetensors')"
+    for words in (
+        ["plan", file, "--sparsity", 0.5],
+        ["prune", file, out, "--sparsity", 0.5],
+        ["config", yaml, "--checkpoint", file],
+    ):
+        told = refused(capsys, *words)
+        assert f"Expected a safetensors file; got {file}, which torch.save wrote" in told
+        assert recipe in told
+    monkeypatch.chdir(tmp_path)
+    exec(f"import safetensors.torch; safetensors.torch.{recipe}")
+    assert found(capsys, "plan", "net.safetensors", "--sparsity", 0.5)["total"]["zeros"] == 360
+    (tmp_path / "folder").mkdir()
+    file.rename(tmp_path / "folder" / "pytorch_model.bin")
+    told = refused(capsys, "plan", tmp_path / "folder", "--sparsity", 0.5)
+    assert "pytorch_model.bin, which torch.save wrote" in told
+
+
+def test_the_result_is_called_what_it_is(capsys, checkpoint, tmp_path):
+    """Defends the next command, which reads files by their suffix, and --overwrite of the same."""
+    for out, way_out in (
+        ("out.pt", "Write '{}/out.safetensors'"),
+        ("out", "Write '{}/out.safetensors'"),
+        ("outdir/", "Write '{}/outdir.safetensors'"),
+        ("model.v2", "Write '{}/model.v2.safetensors'"),
+        ("", "Write '{}/out.safetensors'"),
+    ):
+        place = f"{tmp_path}/there/{out}" if out else f"{tmp_path}/there"
+        (tmp_path / "there").mkdir(exist_ok=True)
+        told = refused(capsys, "prune", checkpoint, place, "--sparsity", 0.5, "--overwrite")
+        assert way_out.format(tmp_path / "there") in told
+    words = ["--sparsity", 0.5, "--masks", tmp_path / "masks.pt"]
+    told = refused(capsys, "prune", checkpoint, tmp_path / "out.safetensors", *words)
+    assert f"Write '{tmp_path}/masks.safetensors'" in told
+    folder = tmp_path / "source"
+    folder.mkdir()
+    checkpoint.rename(folder / "model.safetensors")
+    told = refused(capsys, "prune", folder, tmp_path / "x.safetensors", "--sparsity", 0.5)
+    assert "Expected a name for a folder" in told
+    assert f"Write '{tmp_path}/x'" in told
+    assert list((tmp_path / "there").iterdir()) == []
+    assert found(capsys, "prune", folder, tmp_path / "x", "--sparsity", 0.5)["zeros"] == 360
+
+
 def test_the_demo_prunes_exactly_and_keeps_its_accuracy(capsys):
     """Defends the first look: counts as the config says, and a network that still works."""
     pytest.importorskip("sklearn")

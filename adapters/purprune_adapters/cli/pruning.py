@@ -29,7 +29,9 @@ def register(app: typer.Typer) -> None:
 
 def prune_command(
     checkpoint: rules.CheckpointPath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file for a file, else a folder.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A .safetensors file for a file, else a folder.")
+    ],
     config: rules.ConfigFile = None,
     sparsity: rules.Sparsity = None,
     nm: rules.Nm = None,
