@@ -209,9 +209,9 @@ def described(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 def check_params(params: Mapping[str, Tensor]) -> None:
     """Raise when ``params`` is no flat mapping of names to tensors."""
     if not isinstance(params, Mapping):
-        way_out = " Pass dict(model.named_parameters())." if callable(params) else ""
         raise TypeError(
-            f"Expected params as a dict of names to tensors; got {type(params).__name__}.{way_out}"
+            f"Expected params as a dict of names to tensors; got {type(params).__name__}. Pass "
+            f"dict(model.named_parameters())."
         )
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
