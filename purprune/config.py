@@ -301,6 +301,7 @@ class PruneConfig:
             :func:`purprune_adapters.resolve` turns them into names.
         module_name_configs: rules by the name of a parameter (``"conv.weight"``) or of a module,
             which stands for the weights at and below it; glob patterns (``"layers.*.mlp"``) too.
+            None stands for everything there, biases and norms too.
             An exact name beats a glob, a nearer module a farther one, a later glob an earlier one.
 
     Configs are values: ``set_*`` return a new one.

@@ -95,24 +95,35 @@ def test_the_application_lists_its_commands_and_its_version(capsys):
         (["plan", "{}"], "Expected what to prune; got nothing. Give --sparsity 0.5"),
         (["plan", "nowhere", "--nm", "2:4"], "Expected the file nowhere"),
         (["plan", "{}", "--nm", "4"], "Expected --nm ZEROS:M such as 2:4"),
-        (["plan", "{}", "--nm", "5:4"], "zeros <= m"),
+        (["plan", "{}", "--nm", "5:4"], "--nm 5:4: expected ZEROS <= M, of M neighbours; write"),
+        (["plan", "{}", "--nm", "5:4"], "; write --nm 4:5."),
+        (["plan", "{}", "--nm", "0:0"], "--nm 0:0: M: expected greater than or equal to 1"),
+        (["plan", "{}", "--sparsity", "80%"], "got '80%'. Write --sparsity 0.8."),
+        (["plan", "{}", "--sparsity", "-1"], "a fraction of zeros in [0, 1]; got '-1'."),
+        (["plan", "{}", "--sparsity", "1/0"], "a fraction of zeros such as 0.5 or 1/3; got '1/0'"),
+        (["plan", "{}", "--sparsity", "1/2", "--block", "0x1"], "--block 0x1: expected block ext"),
+        (["prune", "{}", "o.safetensors", "--nm", "2:4", "--leave", "haed"], "Expected --leave to"),
         (["plan", "{}", "--nm", "2:4", "--sparsity", "0.5"], "--nm without --sparsity"),
         (["plan", "{}", "--nm", "2:4", "--scope", "global"], "--nm without --sparsity"),
         (["plan", "{}", "--nm", "2:4", "--dim", "7"], "dim=7"),
         (["plan", "{}", "--sparsity", "0.5", "--dim", "0"], "--dim with --nm only"),
-        (["plan", "{}", "--sparsity", "50"], "50.0 % is 0.5"),
+        (["plan", "{}", "--sparsity", "50"], "got '50'. Write --sparsity 0.5."),
         (["plan", "{}", "--sparsity", "half"], "got 'half'"),
         (["plan", "{}", "--sparsity", "0.5", "--scope", "all"], "'tensor', 'global'"),
         (["plan", "{}", "--block", "4x1"], "Expected --sparsity with this pattern"),
         (["plan", "{}", "--sparsity", "0.5", "--block", "4,1"], "--block extents such as 4x1"),
         (["plan", "{}", "--sparsity", "1/2", "--block", "4", "--channel", "0"], "one pattern"),
-        (["plan", "{}", "--sparsity", "0.5", "--leave", "haed"], "Did you mean 'head'"),
+        (["plan", "{}", "--sparsity", "0.5", "--leave", "haed"], "Expected --leave to match some"),
         (["plan", "{}", "--config", "none.yaml"], "none.yaml"),
         (["plan", "{}", "--config", "x", "--sparsity", "0.5"], "--config alone"),
         (["prune", "{}", "{}", "--sparsity", "0.5"], "--overwrite"),
         (["prune", "{}", "no/out.safetensors", "--sparsity", "0.5"], "Expected a folder for"),
         (["inspect", "nowhere.pt"], "Expected the file nowhere.pt"),
-        (["schedule"], "expected update_steps, or all of begin_step"),
+        (["schedule"], "Expected --update-steps, or all of --begin, --end and --frequency; got"),
+        (["schedule", "--begin", "3", "--end", "1", "--frequency", "1"], "Expected --begin <= --e"),
+        (["schedule", "--update-steps", "1", "--target", "80"], "--target: expected a sparsity"),
+        (["schedule", "--update-steps", "1", "--png", "no/x.png"], "no 'no'. Make it first."),
+        (["schedule", "--config", "none.yaml"], "Expected the file none.yaml; it is not there."),
         (["schedule", "--update-steps", "a,b"], "Expected --update-steps like 0,100,200"),
         (["schedule", "--config", "x", "--target", "0.5"], "--config alone"),
         (["verify", "none.mlpackage", "{}"], "none.mlpackage"),
@@ -224,6 +235,26 @@ def test_a_config_that_is_none_is_told_by_its_key(capsys, tmp_path):
     assert "Did you mean 'target_sparsity'" in refused(capsys, "config", yaml)
     yaml.write_text("a: [")
     assert "Expected YAML" in refused(capsys, "config", yaml)
+
+
+def test_rules_by_module_type_are_no_rules_for_a_checkpoint(capsys, checkpoint, tmp_path):
+    """Defends the way out, which is another config and no Python call."""
+    yaml = tmp_path / "rules.yaml"
+    yaml.write_text("module_type_configs: {Linear: {target_sparsity: 0.5}}")
+    for words in (
+        ["config", yaml, "--checkpoint", checkpoint],
+        ["plan", checkpoint, "--config", yaml],
+    ):
+        told = refused(capsys, *words)
+        assert "a checkpoint has no modules; got module types Linear. Write module_" in told
+        assert "resolve" not in told
+    assert found(capsys, "config", yaml)["rules"]
+
+
+def test_what_has_one_dim_may_be_left(capsys, checkpoint):
+    """Defends `--leave '*bias'`: it was refused as matching nothing."""
+    plan = found(capsys, "plan", checkpoint, "--nm", "2:4", "--leave", "*bias")
+    assert plan["skipped"]["layers.1.bias"] == "'*bias' is set to None"
 
 
 def test_the_schema_is_json(capsys):

@@ -12,6 +12,7 @@ from purprune.selection import select
 from purprune.tables import skipped_text
 from purprune_adapters.checkpoints import Checkpoint
 from purprune_adapters.cli.output import AsJson, say, say_json, table
+from purprune_adapters.cli.rules import named
 
 _EXAMPLES = (
     "Examples:\n\n"
@@ -46,7 +47,7 @@ def config_command(
     rules: dict[str, Rule] = config.rules
     skipped: dict[str, str] = {}
     if checkpoint is not None:
-        rules, skipped = select(config, Checkpoint(checkpoint).shapes())
+        rules, skipped = select(named(config), Checkpoint(checkpoint).shapes())
     if as_json:
         say_json({"config": config.as_dict(), "rules": _plain(rules), "skipped": skipped})
     else:

@@ -45,7 +45,8 @@ def plan_command(
     cfg = rules.config_of(config, sparsity, nm, block, channel, dim, scope, leave)
     source = Checkpoint(checkpoint)
     shapes = source.shapes()
-    planned = plan(shapes, cfg, step)
+    with rules.selecting(leave):
+        planned = plan(shapes, cfg, step)
     predicted = predict(shapes, planned)
     size = sum(read_layout(file).size for file in set(source.files().values()))
     if as_json:

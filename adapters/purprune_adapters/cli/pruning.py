@@ -59,7 +59,7 @@ def prune_command(
     after an interruption, and it goes on.
     """
     cfg = rules.config_of(config, sparsity, nm, block, channel, dim, scope, leave)
-    with _bar(checkpoint) as progress:
+    with rules.selecting(leave), _bar(checkpoint) as progress:
         pruned = prune_checkpoint(
             checkpoint, out, cfg, step=step, masks=masks, overwrite=overwrite, restart=restart,
             progress=progress,
