@@ -22,8 +22,14 @@ class NaNError(ValueError):
 
 
 def near_misses(word: str, candidates: Iterable[str], limit: int = 3) -> str:
-    """Return `` Did you mean 'a' or 'b'?``, or an empty text when nothing is near."""
-    close = difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=limit, cutoff=0.6)
+    """Return `` Did you mean 'a' or 'b'?``, or an empty text when nothing is near.
+
+    >>> near_misses("ios17", ["iOS16", "iOS17", "macOS13"])
+    " Did you mean 'iOS17'?"
+    """
+    known = list(dict.fromkeys(candidates))
+    same = [name for name in known if name.lower() == word.lower()]
+    close = same or difflib.get_close_matches(word, known, n=limit, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

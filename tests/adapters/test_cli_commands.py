@@ -288,9 +288,15 @@ def test_a_state_dict_of_torch_is_inspected(capsys, tmp_path):
     (row,) = found(capsys, "inspect", file)["tensors"]
     assert (row["name"], row["zeros"], row["entries"]) == ("model.w", 12, 16)
     torch.save({"model": torch.nn.Linear(2, 2)}, file)
-    assert "Expected tensors in dicts, saved by torch.save" in refused(capsys, "inspect", file)
-    file.write_bytes(b"no archive")
-    assert "Expected tensors in dicts, saved by torch.save" in refused(capsys, "inspect", file)
+    told = refused(capsys, "inspect", file)
+    assert "it holds an object, torch.nn.modules.linear.Linear, not a state dict alone" in told
+    assert "Save model.state_dict() instead." in told
+    assert "\x1b" not in told
+    for damaged in (b"no archive", b"", b"PK\x03\x04 and no more"):
+        file.write_bytes(damaged)
+        told = refused(capsys, "inspect", file)
+        assert "Expected tensors in dicts, saved by torch.save" in told
+        assert "it is damaged, or was not saved by torch.save." in told
     torch.save([1], file)
     assert "got a list" in refused(capsys, "inspect", file)
 
@@ -374,9 +380,7 @@ def test_the_demo_replaces_no_package_unasked_and_says_so_before_it_trains(
     if there == "a folder":
         words = refused(capsys, "demo", "--export", package, "--overwrite")
         assert "replaces Core ML packages only" in words
-    assert "Expected an existing folder" in refused(
-        capsys, "demo", "--export", tmp_path / "a" / "b"
-    )
+    assert "Make it first" in refused(capsys, "demo", "--export", tmp_path / "a" / "b")
     assert (package / "Data" / "com.apple.CoreML").is_dir()
 
 
