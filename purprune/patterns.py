@@ -357,6 +357,9 @@ def Kernel(  # noqa: N802
 ) -> Pattern:
     """Return the pattern that prunes whole kernels, ``size`` neighbours along dim 0 together.
 
+    A kernel is what lies behind dims 0 and 1. The weight of a Linear has nothing there, so its
+    kernels are single entries, as in :func:`Unstructured`; a plan shows its unit as ``1x1``.
+
     >>> Kernel().unit.block((8, 4, 3, 3))
     (1, 1, 3, 3)
     """

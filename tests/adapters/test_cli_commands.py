@@ -17,10 +17,13 @@ safetensors = pytest.importorskip("safetensors.torch")
 from typer.testing import CliRunner  # noqa: E402
 
 import purprune  # noqa: E402
-from purprune import NM, PruneConfig, Rule, apply_masks, compute_masks  # noqa: E402
+from purprune import NM, Pattern, PruneConfig, Rule, apply_masks, compute_masks  # noqa: E402
+from purprune.patterns import ChannelUnit, RowGroup  # noqa: E402
 from purprune_adapters import Checkpoint  # noqa: E402
 from purprune_adapters.cli import demo, main  # noqa: E402
 from purprune_adapters.cli.app import app  # noqa: E402
+from purprune_adapters.cli.pattern_names import pattern_name  # noqa: E402
+from strategies import PATTERNS  # noqa: E402
 
 COMMANDS = ("plan", "prune", "inspect", "schedule", "verify", "config", "demo")
 YAML = """
@@ -75,6 +78,8 @@ def test_every_command_has_help_with_examples(command):
     assert "Examples:" in result.output
     assert f"purprune {command}" in result.output
     assert "--json" in result.output
+    assert "bool" not in result.output
+    assert "{path}" not in result.output
 
 
 def test_the_application_lists_its_commands_and_its_version(capsys):
@@ -225,7 +230,9 @@ def test_a_config_file_says_rules_and_the_end_of_its_schedules(capsys, checkpoin
     assert schedules["global_config"][-1]["sparsity"] == 0.5
     code, text, _ = run(capsys, "config", yaml)
     assert code == 0
-    assert "layers.1" in text
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert rows["layers.1"].endswith(" NM(2, 4)")
+    assert rows["head"].split() == ["head", "|", "dense", *("|", "-") * 4]
 
 
 def test_a_config_that_is_none_is_told_by_its_key(capsys, tmp_path):
@@ -235,6 +242,25 @@ def test_a_config_that_is_none_is_told_by_its_key(capsys, tmp_path):
     assert "Did you mean 'target_sparsity'" in refused(capsys, "config", yaml)
     yaml.write_text("a: [")
     assert "Expected YAML" in refused(capsys, "config", yaml)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_the_name_of_a_pattern_makes_it_again(pattern):
+    """Defends the short forms in tables: `NM(2, 4)` is what it says."""
+    assert eval(pattern_name(pattern), vars(purprune) | vars(purprune.patterns)) == pattern
+
+
+def test_patterns_that_have_names_are_written_by_them():
+    """Defends short tables, and the repr of what no constructor makes."""
+    names = (
+        "Unstructured()", "Unstructured(scope='global')", "Channel(dim=1, size=2, norm='l1')",
+        "Kernel()", "Block((4, 1), scope='row')", "NM(2, 4)", "NM(2, 4, dim=0)",
+        "NM(2, 4, transposable=True)",
+    )  # fmt: skip
+    for name in names:
+        assert pattern_name(eval(name, vars(purprune))) == name
+    for odd in (Pattern(norm="l1"), Pattern(ChannelUnit(1), RowGroup(1))):
+        assert pattern_name(odd) == repr(odd)
 
 
 def test_rules_by_module_type_are_no_rules_for_a_checkpoint(capsys, checkpoint, tmp_path):

@@ -12,7 +12,7 @@ import typer
 from torch import Tensor, nn
 
 from purprune import PolynomialDecay, PruneConfig, Rule
-from purprune_adapters.cli.output import AsJson, say, say_json
+from purprune_adapters.cli.output import AsJson, Command, say, say_json
 from purprune_adapters.coreml.export import export_coreml
 from purprune_adapters.coreml.paths import destination
 from purprune_adapters.coreml.quiet import load_coremltools
@@ -40,7 +40,7 @@ class Images(NamedTuple):
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("demo", epilog=_EXAMPLES)(demo_command)
+    app.command("demo", cls=Command, epilog=_EXAMPLES)(demo_command)
 
 
 def demo_command(

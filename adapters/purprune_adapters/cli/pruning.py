@@ -11,7 +11,7 @@ import typer
 
 from purprune_adapters.checkpoints import Checkpoint
 from purprune_adapters.cli import rules
-from purprune_adapters.cli.output import AsJson, human, is_terminal, say, say_json
+from purprune_adapters.cli.output import AsJson, Command, human, is_terminal, say, say_json
 from purprune_adapters.pruned_files import Progress, PrunedCheckpoint, prune_checkpoint
 
 _EXAMPLES = (
@@ -24,7 +24,7 @@ _EXAMPLES = (
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("prune", epilog=_EXAMPLES)(prune_command)
+    app.command("prune", cls=Command, epilog=_EXAMPLES)(prune_command)
 
 
 def prune_command(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from purprune import ConfigError, PolynomialDecay, PruneConfig, Rule
-from purprune_adapters.cli.output import AsJson, in_words_of, say, say_json
+from purprune_adapters.cli.output import AsJson, Command, in_words_of, say, say_json
 from purprune_adapters.places import check_folder
 
 _EXAMPLES = (
@@ -34,7 +34,7 @@ _MOST_STEPS = 10_000
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("schedule", epilog=_EXAMPLES)(schedule_command)
+    app.command("schedule", cls=Command, epilog=_EXAMPLES)(schedule_command)
 
 
 def schedule_command(

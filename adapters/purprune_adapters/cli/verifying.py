@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from purprune import unpack_masks
 from purprune_adapters.checkpoints import Checkpoint
-from purprune_adapters.cli.output import AsJson, say, say_json, table
+from purprune_adapters.cli.output import AsJson, Command, say, say_json, table
 from purprune_adapters.coreml.paths import is_package, package_path
 from purprune_adapters.coreml.records import ParameterRecord, Verification
 from purprune_adapters.coreml.verify import verify_coreml
@@ -27,7 +27,7 @@ _EXAMPLES = (
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("verify", epilog=_EXAMPLES)(verify_command)
+    app.command("verify", cls=Command, epilog=_EXAMPLES)(verify_command)
 
 
 def verify_command(
