@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -26,6 +27,27 @@ def _name_of(function: Any) -> str:
     name = f"{kind.__module__}:{kind.__qualname__}"
     has_own_repr = kind is not function and kind.__repr__ is not object.__repr__
     return _ADDRESS.sub("", f"{name} {function!r}") if has_own_repr else name
+
+
+def refuse_other_arguments(function: Any, words: str, count: int) -> Any:
+    """Return a callable that takes so many values in order, as far as it says what it takes.
+
+    Raises:
+        ValueError: it takes others; says what they are.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # not everything that is built in says it
+        return function
+    try:
+        signature.bind(*(None,) * count)
+    except TypeError as error:
+        order = [p for p in signature.parameters.values() if p.kind <= p.POSITIONAL_OR_KEYWORD]
+        takes = f"which takes {len(order)} argument{'s' * (len(order) != 1)}"
+        reason = takes if len(order) != count else str(error)
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        raise ValueError(f"expected {words}; got {name}{signature}, {reason}.") from None
+    return function
 
 
 AnyCallable = Annotated[

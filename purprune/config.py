@@ -156,6 +156,10 @@ class Rule:
     @classmethod
     def _take_coremltools_keys(cls, given: Any) -> Any:
         if isinstance(given, ArgsKwargs):
+            if any(isinstance(item, Pattern) for item in given.args[:3]):
+                raise ValueError(
+                    "expected a pattern by its name; got it without. Write Rule(0.5, pattern=...)."
+                )
             return ArgsKwargs(given.args, _fold_coremltools_keys(dict(given.kwargs or {})))
         return _fold_coremltools_keys(dict(given)) if isinstance(given, Mapping) else given
 
@@ -268,6 +272,9 @@ class Rule:
         return described
 
 
+_RULE_KEYS = {"scheduler", *_PATTERN_KEYS, *(f.name for f in fields(cast("Any", Rule)))}
+
+
 def type_name(selector: Any) -> Any:
     """Return a module class's path, for torch.nn's own ``"torch.nn.Linear"``; texts as they are."""
     if not isinstance(selector, type):
@@ -294,6 +301,7 @@ class PruneConfig:
             :func:`purprune_adapters.resolve` turns them into names.
         module_name_configs: rules by the name of a parameter (``"conv.weight"``) or of a module,
             which stands for the weights at and below it; glob patterns (``"layers.*.mlp"``) too.
+            None stands for everything there, biases and norms too.
             An exact name beats a glob, a nearer module a farther one, a later glob an earlier one.
 
     Configs are values: ``set_*`` return a new one.
@@ -310,6 +318,22 @@ class PruneConfig:
     module_name_configs: Annotated[Mapping[str, Rule | None], AfterValidator(FrozenDict)] = field(
         default_factory=dict
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_keys_of_rules(cls, given: Any) -> Any:
+        keys = (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given
+        flat = {key: keys[key] for key in keys if key in _RULE_KEYS}
+        if flat:
+            written = ", ".join(
+                f"{key}: {item if isinstance(item, int | float | str) else '...'}"
+                for key, item in flat.items()
+            )
+            raise ValueError(
+                f"expected {', '.join(map(repr, flat))} in a rule; got a config without rules. "
+                f"Write global_config: {{{written}}}."
+            )
+        return given
 
     def set_global(self, rule: Rule | None) -> Self:
         """Return a config with this global rule."""
@@ -378,6 +402,8 @@ def read_yaml(source: str | os.PathLike[str] | IO[Any]) -> Any:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
+    if not hasattr(source, "read") and not Path(source).is_file():
+        raise FileNotFoundError(f"Expected the file {os.fspath(source)}; it is not there.")
     text = source.read() if hasattr(source, "read") else Path(source).read_bytes()
     stream = io.BytesIO(text) if isinstance(text, bytes) else io.StringIO(text)
     try:

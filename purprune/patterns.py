@@ -18,7 +18,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Discriminator, Field, Tag
 
 from purprune.errors import ConfigError
-from purprune.values import SparsityValue, StrictInt, exact, value
+from purprune.values import SparsityValue, StrictInt, constructor, exact, value
 
 Scale = Literal["l2", "mean", "max"]
 Size = Annotated[StrictInt, Field(ge=1)]
@@ -325,6 +325,7 @@ def _scoped(scope: Scope) -> TensorGroup | RowGroup | GlobalGroup:
     return _SCOPES[scope]
 
 
+@constructor()
 def Unstructured(*, scope: Scope = "tensor") -> Pattern:  # noqa: N802
     """Return the pattern in which each entry is a unit.
 
@@ -338,6 +339,7 @@ def Unstructured(*, scope: Scope = "tensor") -> Pattern:  # noqa: N802
     return Pattern(group=_scoped(scope))
 
 
+@constructor(axis="Along a dim it is Channel(dim=...).")
 def Channel(  # noqa: N802
     dim: int = 0, *, size: int = 1, norm: Norm = "l2", scope: Scope = "tensor"
 ) -> Pattern:
@@ -349,10 +351,14 @@ def Channel(  # noqa: N802
     return Pattern(unit=ChannelUnit(dim, size), group=_scoped(scope), norm=norm)
 
 
+@constructor()
 def Kernel(  # noqa: N802
     *, size: int = 1, norm: Norm = "l2", scope: Scope = "tensor"
 ) -> Pattern:
     """Return the pattern that prunes whole kernels, ``size`` neighbours along dim 0 together.
+
+    A kernel is what lies behind dims 0 and 1. The weight of a Linear has nothing there, so its
+    kernels are single entries, as in :func:`Unstructured`; a plan shows its unit as ``1x1``.
 
     >>> Kernel().unit.block((8, 4, 3, 3))
     (1, 1, 3, 3)
@@ -360,6 +366,7 @@ def Kernel(  # noqa: N802
     return Pattern(unit=KernelUnit(size), group=_scoped(scope), norm=norm)
 
 
+@constructor()
 def Block(  # noqa: N802
     shape: int | Sequence[int], *, norm: Norm = "l2", scope: Scope = "tensor"
 ) -> Pattern:
@@ -372,6 +379,11 @@ def Block(  # noqa: N802
     return Pattern(unit=BlockUnit(extents), group=_scoped(scope), norm=norm)
 
 
+@constructor(
+    n="The first number counts zeros: 2:4 is NM(zeros=2, m=4).",
+    scope="Every group of m has its own count, so that N:M has no scope; Block((1, 4), "
+    "scope='global') and others have.",
+)
 def NM(zeros: int, m: int, *, dim: int = 1, transposable: bool = False) -> Pattern:  # noqa: N802
     """Return N:M sparsity: of every ``m`` neighbours along ``dim``, ``zeros`` go.
 

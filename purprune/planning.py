@@ -120,7 +120,17 @@ class Plan:
             )
             for t in self.tensors
         ]
-        head = ("parameter", "shape", "unit", "units", "ragged", "groups", "k", "pruned", "target")
+        head = (
+            "parameter",
+            "shape",
+            "unit",
+            "units",
+            "ragged units",
+            "groups",
+            "k",
+            "pruned",
+            "target",
+        )
         shared = "".join(map(str, self.shared))
         return text_table(head, rows) + shared + skipped_text(self.skipped)
 

@@ -27,7 +27,7 @@ from pydantic import (
     Tag,
 )
 
-from purprune.callables import AnyCallable
+from purprune.callables import AnyCallable, refuse_other_arguments
 from purprune.errors import near_misses
 from purprune.phases import Alternating
 from purprune.ramps import ConstantSparsity as ConstantSparsity
@@ -161,11 +161,15 @@ def _kind_of_schedule(schedule: Any) -> str | None:
     return "callable" if callable(schedule) and not isinstance(schedule, type) else None
 
 
+def _takes_one(schedule: Any) -> Any:
+    return refuse_other_arguments(schedule, "a schedule(step)", 1)
+
+
 _Tagged: Any = Annotated[
     Union[
         (
             *(Annotated[cls, Tag(cls.kind)] for cls in get_args(OwnSchedule)),
-            Annotated[AnyCallable, Tag("callable")],
+            Annotated[AnyCallable, AfterValidator(_takes_one), Tag("callable")],
         )
     ],
     Discriminator(

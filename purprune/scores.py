@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
 import torch
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
@@ -24,7 +25,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from purprune.callables import AnyCallable
+from purprune.callables import AnyCallable, refuse_other_arguments
 from purprune.context import ScoreContext as ScoreContext
 from purprune.context import wide, wide_stat
 from purprune.errors import near_misses
@@ -221,11 +222,15 @@ def _kind_of_score(score: Any) -> str | None:
     return "callable" if callable(score) and not isinstance(score, type) else None
 
 
+def _takes_two(score: Any) -> Any:
+    return refuse_other_arguments(score, "a score(weight, context)", 2)
+
+
 _Tagged: Any = Annotated[
     Union[
         (
             *(Annotated[cls, Tag(cls.kind)] for cls in get_args(OwnScore)),
-            Annotated[AnyCallable, Tag("callable")],
+            Annotated[AnyCallable, AfterValidator(_takes_two), Tag("callable")],
         )
     ],
     Discriminator(

@@ -55,7 +55,8 @@ class NameMatcher:
 
         A module stands for the weights at and below it: parameters named by ``param_name``, or
         else those with the word "weight" in their name, below the module itself only of 2 or more
-        dims. Globs are for parameters of 2 or more dims, so that "*" takes no bias and no norm.
+        dims. Globs are for parameters of 2 or more dims, so that "*" takes no bias and no norm. A
+        rule that is None, and so leaves dense, is for everything there.
         """
         leaf = name.rpartition(".")[2]
         exact: list[Match] = []
@@ -73,18 +74,17 @@ class NameMatcher:
 
     def _for_glob(self, selector: str, leaf: str, dims: int, distance: int) -> bool:
         rule = self.configs[selector]
-        if rule is not None and rule.param_name is not None:
-            return self._for(selector, leaf, dims, distance)
-        return dims >= 2 and self._for(selector, leaf, dims, distance)
+        of_any_dims = rule is None or rule.param_name is not None
+        return (of_any_dims or dims >= 2) and self._for(selector, leaf, dims, distance)
 
     def _for(self, selector: str, leaf: str, dims: int, distance: int) -> bool:
-        return distance == 0 or _stands_for(self.configs[selector], leaf, dims, distance)
+        rule = self.configs[selector]
+        return rule is None or distance == 0 or _stands_for(rule, leaf, dims, distance)
 
 
-def _stands_for(rule: Rule | None, leaf: str, dims: int, distance: int) -> bool:
-    wanted = rule.param_name if rule is not None else None
-    if wanted is not None:
-        return fnmatchcase(leaf, wanted)
+def _stands_for(rule: Rule, leaf: str, dims: int, distance: int) -> bool:
+    if rule.param_name is not None:
+        return fnmatchcase(leaf, rule.param_name)
     return is_weight(leaf) and (distance == 1 or dims >= 2)
 
 
@@ -209,9 +209,9 @@ def described(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 def check_params(params: Mapping[str, Tensor]) -> None:
     """Raise when ``params`` is no flat mapping of names to tensors."""
     if not isinstance(params, Mapping):
-        way_out = " Pass dict(model.named_parameters())." if callable(params) else ""
         raise TypeError(
-            f"Expected params as a dict of names to tensors; got {type(params).__name__}.{way_out}"
+            f"Expected params as a dict of names to tensors; got {type(params).__name__}. Pass "
+            f"dict(model.named_parameters())."
         )
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import re
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, ParamSpec, TypeVar, dataclass_transform
 
 import numpy as np
 from pydantic import (
@@ -20,9 +22,10 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass as validated_dataclass
 
-from purprune.errors import ConfigError, one_line
+from purprune.errors import ConfigError, meant, one_line, too_many
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 KNOWN_KEYS: set[str] = {"scheduler"}
@@ -111,6 +114,7 @@ def value(cls: type[T]) -> type[T]:
     built = validated_dataclass(frozen=True, config=config)(cls)
     # In the order of arguments, so that an error of the second one names it.
     fields = [f.name for f in sorted(dataclasses.fields(built), key=lambda f: f.kw_only is True)]
+    by_name = [f.name for f in dataclasses.fields(built) if f.kw_only is True]
     KNOWN_KEYS.update(fields)
     init = built.__init__
 
@@ -119,7 +123,51 @@ def value(cls: type[T]) -> type[T]:
         try:
             init(self, *args, **kwargs)
         except ValidationError as error:
-            raise ConfigError(one_line(error, cls.__name__, fields, KNOWN_KEYS)) from None
+            raise ConfigError(one_line(error, cls.__name__, fields, KNOWN_KEYS, by_name)) from None
 
     built.__init__ = checked  # type: ignore[method-assign]
     return built  # type: ignore[return-value]
+
+
+def constructor(**hints: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Give a function that builds a value the errors of one, under the name that was typed.
+
+    Args:
+        hints: for keys that it does not have, and that are often expected: what to write.
+    """
+
+    def decorate(build: Callable[P, T]) -> Callable[P, T]:
+        name, signature = build.__name__, inspect.signature(build)
+
+        @functools.wraps(build)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            _refuse_misfit(name, signature, args, kwargs, hints)
+            try:
+                return build(*args, **kwargs)
+            except ConfigError as error:
+                raise ConfigError(_TITLE.sub(name, str(error))) from None
+
+        return checked
+
+    return decorate
+
+
+_TITLE = re.compile(r"^\w+(?=[.:])", re.MULTILINE)
+
+
+def _refuse_misfit(
+    name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    hints: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Raise when values do not fit a function, in the words of values."""
+    known = signature.parameters
+    for key in kwargs:
+        if key not in known:
+            way_out = f" {hints[key]}" if key in hints else meant(key, known, set())
+            raise ConfigError(f"{name}: unknown key {key!r}.{way_out}")
+    by_name = [key for key, one in known.items() if one.kind is one.KEYWORD_ONLY]
+    if len(args) > len(known) - len(by_name):
+        raise ConfigError(too_many(name, list(known), by_name))
+    for key, one in [*known.items()][len(args) :]:
+        if one.default is one.empty and key not in kwargs:
+            raise ConfigError(f"{name}.{key}: expected a value; got none.")

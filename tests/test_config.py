@@ -159,6 +159,116 @@ def test_unknown_top_level_keys_raise():
         PruneConfig.from_dict({"globl_config": {}})
 
 
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: Rule(target=0.8), "'target'. Did you mean 'target_sparsity'?"),
+        (lambda: Rule(amount=0.8), "'amount'. Did you mean 'target_sparsity'?"),
+        (lambda: Rule(sparsity=0.8), "'sparsity'. Did you mean 'target_sparsity'?"),
+        (lambda: Rule(scor="wanda"), "Did you mean 'score'?"),
+        (lambda: Rule(granularty="per_channel"), "Did you mean 'granularity'?"),
+        (lambda: Rule(kinds=1), "Known here: target_sparsity, schedule, initial_sparsity, pattern"),
+        (lambda: Random(sed=1), "Did you mean 'seed'?"),
+        (lambda: Random(foo=1), "Known here: seed."),
+        (
+            lambda: PolynomialDecay(0, 800, 100),
+            "PolynomialDecay: expected at most update_steps, power without a name; got more. Write "
+            "the others so: PolynomialDecay(begin_step=..., end_step=..., frequency=...).",
+        ),
+        (lambda: Random(1, 2), "Random: expected at most seed without a name; got more."),
+    ],
+)
+def test_a_key_that_is_not_there_leads_to_one_of_the_same_value(build, says):
+    """Defends near misses against keys that only other values have."""
+    with pytest.raises(ConfigError) as caught:
+        build()
+    assert says in str(caught.value)
+    assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: NM(2, 4, scope="global"), "NM: unknown key 'scope'. Every group of m has its own"),
+        (lambda: NM(n=2, m=4), "unknown key 'n'. The first number counts zeros: 2:4 is NM(zeros=2"),
+        (lambda: NM(2), "NM.m: expected a value; got none."),
+        (lambda: NM(2, 4, 1), "NM: expected at most zeros, m without a name; got more. Write the"),
+        (lambda: NM(4, 2), "NM: expected zeros <= m; got zeros=4, m=2."),
+        (lambda: Block((0, 1)), "Block: expected block extents >= 1"),
+        (lambda: Block(4, dim=1), "Block: unknown key 'dim'. Known here: shape, norm, scope."),
+        (lambda: Channel(axis=1), "Channel: unknown key 'axis'. Along a dim it is Channel(dim="),
+        (lambda: Channel(1.5), "Channel.dim: expected a valid integer; got 1.5."),
+        (lambda: Unstructured("global"), "Write the others so: Unstructured(scope=...)."),
+    ],
+)
+def test_a_named_pattern_is_refused_under_its_own_name(build, says):
+    """Defends against bare TypeErrors, and names that nobody typed."""
+    with pytest.raises(ConfigError) as caught:
+        build()
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: PruneConfig().set_module_name("4", 0.5), "a Rule such as Rule(0.5), or a dict"),
+        (lambda: PruneConfig().set_global(0.5), "a Rule such as Rule(0.5), or a dict"),
+        (lambda: PruneConfig(0.5), "a Rule such as Rule(0.5), or a dict"),
+        (lambda: Rule(pattern=Channel), "got Channel itself. Write Channel(...)."),
+        (lambda: Rule(score=Random), "got Random itself. Write Random(...)."),
+        (lambda: Rule(pattern="channel"), "a Pattern such as Channel() or NM(2, 4)"),
+        (lambda: Rule(0.5, Channel()), "a pattern by its name; got it without. Write Rule(0.5, "),
+    ],
+)
+def test_what_was_forgotten_around_a_value_is_named(build, says):
+    """Defends first tries: a number for a rule, a function for a pattern, a value misplaced."""
+    with pytest.raises(ConfigError) as caught:
+        build()
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: Rule(score=lambda w: w.abs()), r"a score(weight, context); got .*<lambda>(w), "),
+        (lambda: Rule(score=lambda w: w.abs()), "which takes 1 argument."),
+        (lambda: Rule(score=lambda w, c, *, k: w), "missing a required argument: 'k'"),
+        (lambda: Rule(schedule=lambda: 0.5), "a schedule(step); got .*(), which takes 0 arguments"),
+        (lambda: Rule(schedule=lambda a, b: 0.5), "which takes 2 arguments."),
+    ],
+)
+def test_a_callable_with_other_arguments_is_refused_when_the_rule_is_built(build, says):
+    """Defends against an error in the middle of a training, far from the rule."""
+    with pytest.raises(ConfigError, match=says.replace("(", r"\(").replace(")", r"\)")):
+        build()
+
+
+def test_a_callable_that_does_not_say_what_it_takes_is_taken():
+    """Defends what is built in, partial functions, methods and variable arguments."""
+    partial = functools.partial(lambda power, weight, context: weight**power, 2)
+    for score in (max, partial, lambda *given: given[0]):
+        assert Rule(score=score).score is score
+    assert Rule(schedule=[0.5].__getitem__).sparsity_at(0) == Fraction(1, 2)
+
+
+@pytest.mark.parametrize("key", ["target_sparsity", "scheduler", "granularity", "schedule"])
+def test_a_rule_without_its_place_is_told_where_it_belongs(key):
+    """Defends flat configs: `{target_sparsity: 0.8}` alone."""
+    for build in (PruneConfig.from_dict, lambda keys: PruneConfig(**keys)):
+        with pytest.raises(
+            ConfigError, match=rf"in a rule; .* Write global_config: {{{key}: 0\.8}}"
+        ):
+            build({key: 0.8})
+    with pytest.raises(ConfigError, match=r"\{target_sparsity: 0.8, scheduler: \.\.\.\}\."):
+        PruneConfig.from_dict({"target_sparsity": 0.8, "scheduler": {"begin_step": 1}})
+
+
+def test_a_config_that_is_not_there_is_told_by_its_path(tmp_path):
+    """Defends against `[Errno 2]`."""
+    with pytest.raises(FileNotFoundError, match=r"Expected the file .*no\.yaml; it is not there\."):
+        PruneConfig.from_yaml(tmp_path / "no.yaml")
+
+
 def test_setting_a_rule_returns_a_new_config_and_leaves_the_old_one():
     """Defends configs as values."""
     empty = PruneConfig()

@@ -23,6 +23,7 @@ import purprune_adapters
 
 DOCS = Path(__file__).parents[1] / "docs"
 BOOK = DOCS / "book"
+README = DOCS.parent / "README.md"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)[^)]*\)")
@@ -89,6 +90,33 @@ def test_links_lead_to_files_within_the_documentation(page: str) -> None:
         target = Path(os.path.normpath(at / link))
         assert target.is_file(), link
         assert target.is_relative_to(DOCS), link
+
+
+def test_the_script_of_the_readme_runs_as_it_is_pasted(tmp_path: Path) -> None:
+    """Defends the first thing that is pasted: it is complete, and ends with a package."""
+    pytest.importorskip("coremltools")
+    text = README.read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (script,) = [block for block in blocks if ">>>" not in block]
+    (tmp_path / "script.py").write_text(script, "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "21,747 of 27,184 (80.00 %) zero" in done.stdout
+    assert "read back: every surviving weight is there" in done.stdout
+    assert (tmp_path / "net.mlpackage" / "Manifest.json").is_file()
+
+
+def test_what_is_installed_as_a_first_step_is_installed_from_a_checkout() -> None:
+    """Defends against a name that no package index has."""
+    pages = [README, *(DOCS / page for page in PAGES)]
+    assert [str(page) for page in pages if 'pip install "purprune' in page.read_text("utf-8")] == []
 
 
 def test_the_notebook_is_the_tutorial() -> None:

@@ -71,6 +71,23 @@ def test_none_leaves_dense():
 
 
 @pytest.mark.parametrize(
+    ("selector", "dense"),
+    [
+        ("*norm*", {"encoder.0.norm.weight"}),
+        ("*bias", {"encoder.0.attn.in_proj_bias", "head.bias"}),
+        ("encoder.0.norm", {"encoder.0.norm.weight"}),
+        ("steps", {"steps"}),
+        ("head", {"head.weight", "head.bias"}),
+    ],
+)
+def test_none_takes_everything_there(selector, dense):
+    """Defends `--leave '*norm*'`: what has one dim is left anyway; that is no mistake."""
+    found = select(PruneConfig(A).set_module_name(selector, None), PARAMS)
+    reason = f"{selector!r} is set to None"
+    assert {name for name, why in found.skipped.items() if why == reason} == dense
+
+
+@pytest.mark.parametrize(
     ("selector", "says"),
     [
         ("hed", "'hed' matches nothing. Did you mean 'head'"),

@@ -111,7 +111,32 @@ def _open(file: Path) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(f"Expected the file {file}; it is not there.") from None
     except SafetensorError as error:
+        if is_of_torch(file):
+            raise ValueError(f"Expected a safetensors file; got {_to_convert(file)}") from None
         raise ValueError(f"Expected a whole safetensors file; got {file}: {error}.") from None
+
+
+def is_of_torch(file: Path) -> bool:
+    """Tell whether a file is what ``torch.save`` writes: an archive, or a pickle in old ones."""
+    with file.open("rb") as opened:
+        return opened.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+
+
+def _to_convert(file: Path) -> str:
+    """Name a file of ``torch.save``, and how it becomes one of safetensors."""
+    return (
+        f"{file}, which torch.save wrote. Convert it with safetensors.torch.save_file(torch.load("
+        f"'{file.name}', weights_only=True), '{file.with_suffix('.safetensors').name}')."
+    )
+
+
+def is_safetensors(file: Path) -> bool:
+    """Tell whether there is a whole safetensors file, by its header and size."""
+    try:
+        _open(file)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _header(file: Path) -> dict[str, Tensor]:
@@ -136,9 +161,9 @@ def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
             return _files(path / _INDEX)
         files = sorted(path.glob("*.safetensors"))
         if not files:
-            raise FileNotFoundError(
-                f"Expected {_INDEX} or .safetensors files in {path}; there are none."
-            )
+            others = [f for f in sorted(path.glob("*")) if f.is_file() and is_of_torch(f)]
+            found = f"got {_to_convert(others[0])}" if others else "there are none."
+            raise FileNotFoundError(f"Expected {_INDEX} or .safetensors files in {path}; {found}")
         return files, None
     if path.suffix != ".json":
         return [path], None

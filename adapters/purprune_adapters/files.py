@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from purprune_adapters.checkpoint import PLAIN, TENSORS
 from purprune_adapters.distributed import is_sharded
+from purprune_adapters.places import check_folder
 from purprune_adapters.pruner import Pruner
 
 _KEY = "purprune"
@@ -37,7 +37,7 @@ def save_pruner(pruner: Pruner, filename: str | os.PathLike[str]) -> None:
     """
     _refuse_no_pruner("save_pruner", pruner, filename)
     _refuse_shards(pruner)
-    _refuse_no_folder(Path(filename))
+    check_folder(filename)
     save_file, _, broken = _safetensors()
     state = pruner.state_dict(packed=True)
     tensors = {f"{part}.{key}": t for part in TENSORS for key, t in state[part].items()}
@@ -86,13 +86,6 @@ def _refuse_shards(pruner: Pruner) -> None:
                 f"Expected whole weights in save_pruner; {name!r} is in shards, of which no "
                 f"process has all. Save the pruner with torch.distributed.checkpoint."
             )
-
-
-def _refuse_no_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"Expected a folder for '{path}'; there is no '{path.parent}'. Make it first."
-        )
 
 
 def _state(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:

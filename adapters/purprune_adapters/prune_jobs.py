@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from purprune import PruneConfig, Rule, plan
 from purprune.config import as_config
 from purprune.selection import select
-from purprune_adapters.checkpoints import Checkpoint
+from purprune_adapters.checkpoints import Checkpoint, is_safetensors
+from purprune_adapters.places import check_folder
 from purprune_adapters.tensor_files import FileLayout, read_layout
 
 _WEIGHTS = {
@@ -84,37 +85,92 @@ def new_job(
 
 
 def refuse_place(job: Job, *, overwrite: bool) -> None:
-    """Raise when the result has no folder, would replace something, or is the checkpoint."""
+    """Raise when the result has no folder, would replace something else, or is the checkpoint."""
     for place in filter(None, (job.place, job.masks)):
-        if not place.absolute().parent.is_dir():
-            raise FileNotFoundError(f"Expected a folder for '{place}'; there is none. Make it.")
+        check_folder(place)
         if os.path.lexists(place) and not overwrite:
             raise FileExistsError(
                 f"Expected nothing at '{place}'; something is there. Choose another place, or "
                 f"replace it with overwrite=True (--overwrite)."
             )
-    own, other = job.place.resolve(), job.folder.resolve()
-    if own in (other, job.source.resolve()) or (job.is_folder and other in own.parents):
-        raise FileExistsError(
-            f"Expected another place than the checkpoint's own; got '{job.place}'."
-        )
-    if os.path.lexists(job.place):
-        _refuse_other_kind(job)
-    if job.masks is not None and job.masks.is_dir():
-        raise IsADirectoryError(f"Expected a file for masks; '{job.masks}' is a folder.")
-
-
-def _refuse_other_kind(job: Job) -> None:
-    """Raise unless what is replaced is a checkpoint like the one that is made."""
+        _refuse_own(job, place)
     if job.is_folder:
-        known = job.place.is_dir() and any(job.place.glob("*.safetensors"))
+        _refuse_suffix(job.place)
+        _refuse_other_folder(job)
     else:
-        known = job.place.is_file() and job.place.suffix == ".safetensors"
-    if not known:
-        kind = "folder of safetensors files" if job.is_folder else "safetensors file"
+        _refuse_other_file(job.place)
+    if job.masks is not None:
+        _refuse_other_file(job.masks)
+        _refuse_lost_masks(job.masks, job.place)
+
+
+def _refuse_own(job: Job, place: Path) -> None:
+    """Raise when a place is the checkpoint, or in its folder."""
+    own, other = place.resolve(), job.folder.resolve()
+    if own in (other, job.source.resolve()) or (job.is_folder and other in own.parents):
+        raise FileExistsError(f"Expected another place than the checkpoint's own; got '{place}'.")
+
+
+def _refuse_suffix(place: Path) -> None:
+    """Raise when a folder would be called as a file is, which readers take it for."""
+    if place.suffix in _WEIGHTS:
+        raise ValueError(
+            f"Expected a name for a folder, since the checkpoint is one; got '{place}'. Write "
+            f"'{place.with_suffix('')}'."
+        )
+
+
+def _refuse_other_file(place: Path) -> None:
+    """Raise unless it is called a safetensors file, and what is there is one by its header."""
+    if place.is_dir():
+        raise IsADirectoryError(
+            f"Expected a file at '{place}'; it is a folder. Write '{place / 'out.safetensors'}'."
+        )
+    if place.suffix != ".safetensors":
+        stem = place.with_suffix("") if place.suffix in _WEIGHTS else place
+        raise ValueError(
+            f"Expected a file that ends in .safetensors; got '{place}'. Write '{stem}.safetensors'."
+        )
+    if os.path.lexists(place) and not is_safetensors(place):
         raise FileExistsError(
-            f"Expected a {kind} to replace at '{job.place}'; got something else. Choose another "
-            f"place, or remove it yourself."
+            f"Expected a safetensors file to replace at '{place}'; got something else. Choose "
+            f"another place, or remove it yourself."
+        )
+
+
+def _refuse_other_folder(job: Job) -> None:
+    """Raise unless what is replaced is a checkpoint all of whose files are made anew."""
+    if not os.path.lexists(job.place):
+        return
+    if not (job.place.is_dir() and any(job.place.glob("*.safetensors"))):
+        raise FileExistsError(
+            f"Expected a folder of safetensors files to replace at '{job.place}'; got something "
+            f"else. Choose another place, or remove it yourself."
+        )
+    if lost := _lost(job):
+        names = ", ".join(map(repr, lost[:3])) + (f" and {len(lost) - 3} more" if lost[3:] else "")
+        raise FileExistsError(
+            f"Expected a folder to replace at '{job.place}' that holds what the new checkpoint "
+            f"will hold; {names} would be gone. Choose another place, or move them away first."
+        )
+
+
+def _lost(job: Job) -> list[str]:
+    """Name what is at the place and would be gone; a folder without what is in it."""
+    made = {Path(job.key(file)) for file in job.layouts}
+    made.update(path.relative_to(job.folder) for path in _others(job).copied)
+    kept = made.union(*(path.parents for path in made))
+    found = sorted(path.relative_to(job.place) for path in job.place.rglob("*"))
+    return [str(path) for path in found if path not in kept and path.parent in kept]
+
+
+def _refuse_lost_masks(masks: Path, result: Path) -> None:
+    """Raise when the masks are where the result goes, which replaces what is there."""
+    own = masks.resolve()
+    if result.resolve() in (own, *own.parents):
+        raise FileExistsError(
+            f"Expected a place for masks beside the result '{result}'; got '{masks}', which the "
+            f"result would replace."
         )
 
 
@@ -130,18 +186,28 @@ def refuse_full(job: Job, folder: Path) -> None:
         )
 
 
+class _Others(NamedTuple):
+    """The files of a folder that are copied, and those that hold weights too, and are not."""
+
+    copied: list[Path]
+    left_out: list[Path]
+
+
+def _others(job: Job) -> _Others:
+    """Sort the files of the checkpoint's folder that are not pruned; hidden ones are left."""
+    found = _Others([], [])
+    for path in sorted(job.folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(job.folder).parts)
+        if path.is_file() and not hidden and path not in job.layouts:
+            (found.left_out if path.suffix in _WEIGHTS else found.copied).append(path)
+    return found
+
+
 def copy_others(job: Job, into: Path) -> tuple[str, ...]:
     """Copy the other files of a folder; return those that hold weights too, and are left out."""
-    written, left_out = {job.key(file) for file in job.layouts}, []
-    for path in sorted(job.folder.rglob("*")):
-        relative = path.relative_to(job.folder)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
-            continue
-        if str(relative) in written:
-            continue
-        if path.suffix in _WEIGHTS:
-            left_out.append(str(relative))
-            continue
-        (into / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, into / relative)
-    return tuple(left_out)
+    others = _others(job)
+    for path in others.copied:
+        target = into / path.relative_to(job.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return tuple(map(job.key, others.left_out))

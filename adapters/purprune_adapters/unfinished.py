@@ -103,7 +103,7 @@ def put_in_place(fresh: Path, place: Path, aside: Path) -> None:
         except BaseException:
             aside.rename(place)
             raise
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+        shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
     _sync_folder(place.parent)
 
 

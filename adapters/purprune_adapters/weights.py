@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,14 +39,24 @@ def load_weights(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"Expected tensors in dicts, saved by torch.save, in {path}; got: {reason}"
+            f"Expected tensors in dicts, saved by torch.save, in {path}; {_why(str(error))}"
         ) from None
     tensors = dict(_flat("", found))
     if not tensors:
         raise ValueError(f"Expected tensors in dicts in {path}; got a {type(found).__name__}.")
     return tensors
+
+
+def _why(error: str) -> str:
+    """Say why torch did not load a file; its own advice, to run what is in it, is left out."""
+    found = re.search(r"(?:GLOBAL|global) ([\w.]+)", error)
+    if found:
+        return (
+            f"it holds an object, {found[1]}, not a state dict alone. Save model.state_dict() "
+            f"instead."
+        )
+    return "it is damaged, or was not saved by torch.save."
 
 
 def iter_weights(path: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor, str]]:

@@ -17,10 +17,13 @@ safetensors = pytest.importorskip("safetensors.torch")
 from typer.testing import CliRunner  # noqa: E402
 
 import purprune  # noqa: E402
-from purprune import NM, PruneConfig, Rule, apply_masks, compute_masks  # noqa: E402
+from purprune import NM, Pattern, PruneConfig, Rule, apply_masks, compute_masks  # noqa: E402
+from purprune.patterns import ChannelUnit, RowGroup  # noqa: E402
 from purprune_adapters import Checkpoint  # noqa: E402
-from purprune_adapters.cli import main  # noqa: E402
+from purprune_adapters.cli import demo, main  # noqa: E402
 from purprune_adapters.cli.app import app  # noqa: E402
+from purprune_adapters.cli.pattern_names import pattern_name  # noqa: E402
+from strategies import PATTERNS  # noqa: E402
 
 COMMANDS = ("plan", "prune", "inspect", "schedule", "verify", "config", "demo")
 YAML = """
@@ -75,6 +78,8 @@ def test_every_command_has_help_with_examples(command):
     assert "Examples:" in result.output
     assert f"purprune {command}" in result.output
     assert "--json" in result.output
+    assert "bool" not in result.output
+    assert "{path}" not in result.output
 
 
 def test_the_application_lists_its_commands_and_its_version(capsys):
@@ -95,24 +100,35 @@ def test_the_application_lists_its_commands_and_its_version(capsys):
         (["plan", "{}"], "Expected what to prune; got nothing. Give --sparsity 0.5"),
         (["plan", "nowhere", "--nm", "2:4"], "Expected the file nowhere"),
         (["plan", "{}", "--nm", "4"], "Expected --nm ZEROS:M such as 2:4"),
-        (["plan", "{}", "--nm", "5:4"], "zeros <= m"),
+        (["plan", "{}", "--nm", "5:4"], "--nm 5:4: expected ZEROS <= M, of M neighbours; write"),
+        (["plan", "{}", "--nm", "5:4"], "; write --nm 4:5."),
+        (["plan", "{}", "--nm", "0:0"], "--nm 0:0: M: expected greater than or equal to 1"),
+        (["plan", "{}", "--sparsity", "80%"], "got '80%'. Write --sparsity 0.8."),
+        (["plan", "{}", "--sparsity", "-1"], "a fraction of zeros in [0, 1]; got '-1'."),
+        (["plan", "{}", "--sparsity", "1/0"], "a fraction of zeros such as 0.5 or 1/3; got '1/0'"),
+        (["plan", "{}", "--sparsity", "1/2", "--block", "0x1"], "--block 0x1: expected block ext"),
+        (["prune", "{}", "o.safetensors", "--nm", "2:4", "--leave", "haed"], "Expected --leave to"),
         (["plan", "{}", "--nm", "2:4", "--sparsity", "0.5"], "--nm without --sparsity"),
         (["plan", "{}", "--nm", "2:4", "--scope", "global"], "--nm without --sparsity"),
         (["plan", "{}", "--nm", "2:4", "--dim", "7"], "dim=7"),
         (["plan", "{}", "--sparsity", "0.5", "--dim", "0"], "--dim with --nm only"),
-        (["plan", "{}", "--sparsity", "50"], "50.0 % is 0.5"),
+        (["plan", "{}", "--sparsity", "50"], "got '50'. Write --sparsity 0.5."),
         (["plan", "{}", "--sparsity", "half"], "got 'half'"),
         (["plan", "{}", "--sparsity", "0.5", "--scope", "all"], "'tensor', 'global'"),
         (["plan", "{}", "--block", "4x1"], "Expected --sparsity with this pattern"),
         (["plan", "{}", "--sparsity", "0.5", "--block", "4,1"], "--block extents such as 4x1"),
         (["plan", "{}", "--sparsity", "1/2", "--block", "4", "--channel", "0"], "one pattern"),
-        (["plan", "{}", "--sparsity", "0.5", "--leave", "haed"], "Did you mean 'head'"),
+        (["plan", "{}", "--sparsity", "0.5", "--leave", "haed"], "Expected --leave to match some"),
         (["plan", "{}", "--config", "none.yaml"], "none.yaml"),
         (["plan", "{}", "--config", "x", "--sparsity", "0.5"], "--config alone"),
         (["prune", "{}", "{}", "--sparsity", "0.5"], "--overwrite"),
         (["prune", "{}", "no/out.safetensors", "--sparsity", "0.5"], "Expected a folder for"),
         (["inspect", "nowhere.pt"], "Expected the file nowhere.pt"),
-        (["schedule"], "expected update_steps, or all of begin_step"),
+        (["schedule"], "Expected --update-steps, or all of --begin, --end and --frequency; got"),
+        (["schedule", "--begin", "3", "--end", "1", "--frequency", "1"], "Expected --begin <= --e"),
+        (["schedule", "--update-steps", "1", "--target", "80"], "--target: expected a sparsity"),
+        (["schedule", "--update-steps", "1", "--png", "no/x.png"], "no 'no'. Make it first."),
+        (["schedule", "--config", "none.yaml"], "Expected the file none.yaml; it is not there."),
         (["schedule", "--update-steps", "a,b"], "Expected --update-steps like 0,100,200"),
         (["schedule", "--config", "x", "--target", "0.5"], "--config alone"),
         (["verify", "none.mlpackage", "{}"], "none.mlpackage"),
@@ -214,7 +230,9 @@ def test_a_config_file_says_rules_and_the_end_of_its_schedules(capsys, checkpoin
     assert schedules["global_config"][-1]["sparsity"] == 0.5
     code, text, _ = run(capsys, "config", yaml)
     assert code == 0
-    assert "layers.1" in text
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert rows["layers.1"].endswith(" NM(2, 4)")
+    assert rows["head"].split() == ["head", "|", "dense", *("|", "-") * 4]
 
 
 def test_a_config_that_is_none_is_told_by_its_key(capsys, tmp_path):
@@ -224,6 +242,45 @@ def test_a_config_that_is_none_is_told_by_its_key(capsys, tmp_path):
     assert "Did you mean 'target_sparsity'" in refused(capsys, "config", yaml)
     yaml.write_text("a: [")
     assert "Expected YAML" in refused(capsys, "config", yaml)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_the_name_of_a_pattern_makes_it_again(pattern):
+    """Defends the short forms in tables: `NM(2, 4)` is what it says."""
+    assert eval(pattern_name(pattern), vars(purprune) | vars(purprune.patterns)) == pattern
+
+
+def test_patterns_that_have_names_are_written_by_them():
+    """Defends short tables, and the repr of what no constructor makes."""
+    names = (
+        "Unstructured()", "Unstructured(scope='global')", "Channel(dim=1, size=2, norm='l1')",
+        "Kernel()", "Block((4, 1), scope='row')", "NM(2, 4)", "NM(2, 4, dim=0)",
+        "NM(2, 4, transposable=True)",
+    )  # fmt: skip
+    for name in names:
+        assert pattern_name(eval(name, vars(purprune))) == name
+    for odd in (Pattern(norm="l1"), Pattern(ChannelUnit(1), RowGroup(1))):
+        assert pattern_name(odd) == repr(odd)
+
+
+def test_rules_by_module_type_are_no_rules_for_a_checkpoint(capsys, checkpoint, tmp_path):
+    """Defends the way out, which is another config and no Python call."""
+    yaml = tmp_path / "rules.yaml"
+    yaml.write_text("module_type_configs: {Linear: {target_sparsity: 0.5}}")
+    for words in (
+        ["config", yaml, "--checkpoint", checkpoint],
+        ["plan", checkpoint, "--config", yaml],
+    ):
+        told = refused(capsys, *words)
+        assert "a checkpoint has no modules; got module types Linear. Write module_" in told
+        assert "resolve" not in told
+    assert found(capsys, "config", yaml)["rules"]
+
+
+def test_what_has_one_dim_may_be_left(capsys, checkpoint):
+    """Defends `--leave '*bias'`: it was refused as matching nothing."""
+    plan = found(capsys, "plan", checkpoint, "--nm", "2:4", "--leave", "*bias")
+    assert plan["skipped"]["layers.1.bias"] == "'*bias' is set to None"
 
 
 def test_the_schema_is_json(capsys):
@@ -257,11 +314,70 @@ def test_a_state_dict_of_torch_is_inspected(capsys, tmp_path):
     (row,) = found(capsys, "inspect", file)["tensors"]
     assert (row["name"], row["zeros"], row["entries"]) == ("model.w", 12, 16)
     torch.save({"model": torch.nn.Linear(2, 2)}, file)
-    assert "Expected tensors in dicts, saved by torch.save" in refused(capsys, "inspect", file)
-    file.write_bytes(b"no archive")
-    assert "Expected tensors in dicts, saved by torch.save" in refused(capsys, "inspect", file)
+    told = refused(capsys, "inspect", file)
+    assert "it holds an object, torch.nn.modules.linear.Linear, not a state dict alone" in told
+    assert "Save model.state_dict() instead." in told
+    assert "\x1b" not in told
+    for damaged in (b"no archive", b"", b"PK\x03\x04 and no more"):
+        file.write_bytes(damaged)
+        told = refused(capsys, "inspect", file)
+        assert "Expected tensors in dicts, saved by torch.save" in told
+        assert "it is damaged, or was not saved by torch.save." in told
     torch.save([1], file)
     assert "got a list" in refused(capsys, "inspect", file)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_of_torch_is_told_by_name_with_the_way_to_convert_it(
+    capsys, checkpoint, tmp_path, monkeypatch, zipped
+):
+    """Defends those who have a .pt file: it is whole, but no safetensors file."""
+    file, out, yaml = tmp_path / "net.pt", tmp_path / "out.safetensors", tmp_path / "rules.yaml"
+    yaml.write_text("global_config: {target_sparsity: 0.5}")
+    weights = dict(Checkpoint(checkpoint))
+    torch.save(weights, file, _use_new_zipfile_serialization=zipped)
+    recipe = "save_file(torch.load('net.pt', weights_only=True), 'net.safetensors')"
+    for words in (
+        ["plan", file, "--sparsity", 0.5],
+        ["prune", file, out, "--sparsity", 0.5],
+        ["config", yaml, "--checkpoint", file],
+    ):
+        told = refused(capsys, *words)
+        assert f"Expected a safetensors file; got {file}, which torch.save wrote" in told
+        assert recipe in told
+    monkeypatch.chdir(tmp_path)
+    exec(f"import safetensors.torch; safetensors.torch.{recipe}")
+    assert found(capsys, "plan", "net.safetensors", "--sparsity", 0.5)["total"]["zeros"] == 360
+    (tmp_path / "folder").mkdir()
+    file.rename(tmp_path / "folder" / "pytorch_model.bin")
+    told = refused(capsys, "plan", tmp_path / "folder", "--sparsity", 0.5)
+    assert "pytorch_model.bin, which torch.save wrote" in told
+
+
+def test_the_result_is_called_what_it_is(capsys, checkpoint, tmp_path):
+    """Defends the next command, which reads files by their suffix, and --overwrite of the same."""
+    for out, way_out in (
+        ("out.pt", "Write '{}/out.safetensors'"),
+        ("out", "Write '{}/out.safetensors'"),
+        ("outdir/", "Write '{}/outdir.safetensors'"),
+        ("model.v2", "Write '{}/model.v2.safetensors'"),
+        ("", "Write '{}/out.safetensors'"),
+    ):
+        place = f"{tmp_path}/there/{out}" if out else f"{tmp_path}/there"
+        (tmp_path / "there").mkdir(exist_ok=True)
+        told = refused(capsys, "prune", checkpoint, place, "--sparsity", 0.5, "--overwrite")
+        assert way_out.format(tmp_path / "there") in told
+    words = ["--sparsity", 0.5, "--masks", tmp_path / "masks.pt"]
+    told = refused(capsys, "prune", checkpoint, tmp_path / "out.safetensors", *words)
+    assert f"Write '{tmp_path}/masks.safetensors'" in told
+    folder = tmp_path / "source"
+    folder.mkdir()
+    checkpoint.rename(folder / "model.safetensors")
+    told = refused(capsys, "prune", folder, tmp_path / "x.safetensors", "--sparsity", 0.5)
+    assert "Expected a name for a folder" in told
+    assert f"Write '{tmp_path}/x'" in told
+    assert list((tmp_path / "there").iterdir()) == []
+    assert found(capsys, "prune", folder, tmp_path / "x", "--sparsity", 0.5)["zeros"] == 360
 
 
 def test_the_demo_prunes_exactly_and_keeps_its_accuracy(capsys):
@@ -273,6 +389,37 @@ def test_the_demo_prunes_exactly_and_keeps_its_accuracy(capsys):
     assert zeros == {"conv.weight": 75, "dense.weight": 1536}
     assert result["accuracy"]["pruned"] > 90
     assert result["problems"] == []
+
+
+@pytest.mark.parametrize("there", ["a package", "a folder"])
+def test_the_demo_replaces_no_package_unasked_and_says_so_before_it_trains(
+    capsys, tmp_path, monkeypatch, there
+):
+    """Defends a package that took somebody days, and the time that the training takes."""
+    pytest.importorskip("coremltools")
+    package = tmp_path / "net.mlpackage"
+    (package / "Data" / "com.apple.CoreML").mkdir(parents=True)
+    if there == "a package":
+        (package / "Manifest.json").write_text("mine")
+    monkeypatch.setattr(demo, "_fit", None)
+    assert "--overwrite" in refused(capsys, "demo", "--export", tmp_path / "net")
+    if there == "a folder":
+        words = refused(capsys, "demo", "--export", package, "--overwrite")
+        assert "replaces Core ML packages only" in words
+    assert "Make it first" in refused(capsys, "demo", "--export", tmp_path / "a" / "b")
+    assert (package / "Data" / "com.apple.CoreML").is_dir()
+
+
+def test_the_demo_replaces_a_package_when_it_is_told_to(capsys, tmp_path):
+    """Defends --overwrite, and the export of what was trained."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("coremltools")
+    package = tmp_path / "net.mlpackage"
+    (package / "Data" / "com.apple.CoreML").mkdir(parents=True)
+    (package / "Manifest.json").write_text("old")
+    result = found(capsys, "demo", "--export", package, "--overwrite")
+    assert result["export"]["verification"]["ok"]
+    assert (package / "Manifest.json").read_text() != "old"
 
 
 def test_the_demo_names_its_extra(capsys, monkeypatch):

@@ -13,7 +13,7 @@ pytest.importorskip("typer")
 safetensors = pytest.importorskip("safetensors.torch")
 
 from purprune import Rule, pack_masks, plan  # noqa: E402
-from purprune_adapters import Pruner, export_coreml  # noqa: E402
+from purprune_adapters import Pruner, export_coreml, verify_coreml  # noqa: E402
 from purprune_adapters.cli import main  # noqa: E402
 from purprune_adapters.predicted import predict  # noqa: E402
 
@@ -78,6 +78,48 @@ def test_another_checkpoint_does_not_hold(capsys, exported, tmp_path):
     assert (row["dropped"], row["revived"]) == (1, 1)
     assert main(words) == 1
     assert "1 of 18432 entries lost" in capsys.readouterr().out
+
+
+def test_another_network_is_told_once(capsys, exported, tmp_path):
+    """Defends against the same sentence for each of a thousand tensors."""
+    state = dict(safetensors.load_file(exported / "net.safetensors"))
+    other = {name: t.flip(0) * 1.5 if t.dim() > 1 else t for name, t in state.items()}
+    safetensors.save_file(other, tmp_path / "x.safetensors")
+    assert main(["verify", str(exported / "net.mlpackage"), str(tmp_path / "x.safetensors")]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "read back" in line]
+    assert "none of the 2 pruned parameters is in the package, which was made of another" in line
+
+
+def test_problems_are_told_one_by_a_line(capsys, exported, tmp_path):
+    """Defends reading what is wrong with several tensors."""
+    state = dict(safetensors.load_file(exported / "net.safetensors"))
+    for name in ("0.weight", "4.weight"):
+        state[name] = state[name].clone()
+        state[name][tuple((state[name] == 0).nonzero()[0])] = 0.5
+    safetensors.save_file(state, tmp_path / "x.safetensors")
+    assert main(["verify", str(exported / "net.mlpackage"), str(tmp_path / "x.safetensors")]) == 1
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first.startswith("read back: '0.weight': 1 of 144 entries lost")
+    assert second.startswith("  '4.weight': 1 of 18432 entries lost")
+
+
+def test_swapped_arguments_are_shown_in_their_order(capsys, exported):
+    """Defends the order that nobody remembers."""
+    package, checkpoint = exported / "net.mlpackage", exported / "net.pt"
+    assert main(["verify", str(checkpoint), str(package)]) == 2
+    assert f"Write purprune verify {package} {checkpoint}." in capsys.readouterr().err
+    with pytest.raises(TypeError, match=r"verify_coreml\(path, model\); got Linear and str"):
+        verify_coreml(nn.Linear(2, 2), str(package))
+
+
+def test_a_dense_checkpoint_is_told_from_a_pruned_one(capsys, exported, tmp_path):
+    """Defends the checkpoint of before the pruning, given by mistake."""
+    state = dict(safetensors.load_file(exported / "net.safetensors"))
+    dense = {name: torch.ones_like(t) for name, t in state.items()}
+    safetensors.save_file(dense, tmp_path / "x.safetensors")
+    words = ["verify", str(exported / "net.mlpackage"), str(tmp_path / "x.safetensors")]
+    assert main(words) == 2
+    assert "x.safetensors' holds no zeros in tensors of two" in capsys.readouterr().err
 
 
 def test_a_package_is_inspected(capsys, exported):

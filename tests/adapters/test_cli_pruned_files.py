@@ -31,7 +31,7 @@ from purprune_adapters import Checkpoint
 
 safetensors = pytest.importorskip("safetensors.torch")
 
-from purprune_adapters import prune_jobs, shard_files  # noqa: E402
+from purprune_adapters import places, prune_jobs, shard_files  # noqa: E402
 from purprune_adapters.pruned_files import prune_checkpoint  # noqa: E402
 from purprune_adapters.tensor_files import Span, map_tensor, new_layout, read_layout  # noqa: E402
 
@@ -336,6 +336,89 @@ def test_what_is_at_the_destination_stays_unless_it_may_go(tmp_path):
     prune_checkpoint(source, tmp_path / "twice", Rule(0.9), overwrite=True)
     prune_checkpoint(source, tmp_path / "once", Rule(0.9))
     assert everything(tmp_path / "twice") == everything(tmp_path / "once")
+
+
+def test_files_that_the_new_checkpoint_does_not_hold_are_not_deleted(tmp_path):
+    """Defends what somebody put beside a checkpoint: notes, another model, a repository."""
+    source, out = folder(tmp_path), tmp_path / "out"
+    prune_checkpoint(source, out, Rule(0.5))
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("main")
+    for name in ("a.txt", "tokenizer/mine.txt", "other.safetensors"):
+        (out / name).write_text("mine")
+    before = everything(out)
+    words = r"'\.git', 'a\.txt', 'other\.safetensors' and 1 more would be gone\. Choose another"
+    with pytest.raises(FileExistsError, match=words):
+        prune_checkpoint(source, out, Rule(0.9), overwrite=True)
+    assert everything(out) == before
+    (out / ".git" / "HEAD").unlink()
+    for name in ("a.txt", "tokenizer/mine.txt", "other.safetensors"):
+        (out / name).unlink()
+    with pytest.raises(FileExistsError, match=r"hold; '\.git' would be gone"):
+        prune_checkpoint(source, out, Rule(0.9), overwrite=True)
+    (out / ".git").rmdir()
+    prune_checkpoint(source, out, Rule(0.9), overwrite=True)
+    prune_checkpoint(source, tmp_path / "once", Rule(0.9))
+    assert everything(out) == everything(tmp_path / "once")
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    """Defends a folder elsewhere, and against an error after the work."""
+    source, out, real = folder(tmp_path), tmp_path / "out", tmp_path / "real"
+    prune_checkpoint(source, real, Rule(0.5))
+    before = everything(real)
+    out.symlink_to(real)
+    prune_checkpoint(source, out, Rule(0.9), overwrite=True)
+    assert everything(real) == before
+    assert not out.is_symlink()
+
+
+@pytest.mark.parametrize("target", ["result", "masks"])
+def test_only_a_safetensors_file_is_replaced_and_its_header_tells(tmp_path, target):
+    """Defends a file whose name alone looks right."""
+    source = tmp_path / "model.safetensors"
+    safetensors.save_file(tensors()[0], source)
+    out, masks = tmp_path / "out.safetensors", tmp_path / "masks.safetensors"
+    diary = out if target == "result" else masks
+    diary.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"safetensors file to replace at .*; got some"):
+        prune_checkpoint(source, out, Rule(0.5), masks=masks, overwrite=True)
+    assert diary.read_text() == "mine"
+    diary.unlink()
+    for rule in (Rule(0.9), Rule(0.5)):
+        prune_checkpoint(source, out, rule, masks=masks, overwrite=True)
+    packed = unpack_masks(safetensors.load_file(masks))
+    assert int((~packed["layers.1.weight"]).sum()) == 30 * 20 * 9 // 2
+
+
+def test_masks_replace_neither_the_checkpoint_nor_are_they_replaced_by_the_result(tmp_path):
+    """Defends the dense weights against --masks, and masks against the result."""
+    source = folder(tmp_path)
+    (file, *_) = source.glob("*.safetensors")
+    before, out, one = everything(source), tmp_path / "out", tmp_path / "one.safetensors"
+    prune_checkpoint(source, out, Rule(0.5))
+    for masks in (file, source / "masks.safetensors"):
+        with pytest.raises(FileExistsError, match="another place than the checkpoint's own"):
+            prune_checkpoint(source, out, Rule(0.5), masks=masks, overwrite=True)
+    with pytest.raises(FileExistsError, match="masks beside the result"):
+        prune_checkpoint(source, out, Rule(0.5), masks=out / "m.safetensors", overwrite=True)
+    with pytest.raises(FileExistsError, match="another place than the checkpoint's own"):
+        prune_checkpoint(file, one, Rule(0.5), masks=file, overwrite=True)
+    with pytest.raises(FileExistsError, match="masks beside the result"):
+        prune_checkpoint(file, one, Rule(0.5), masks=one, overwrite=True)
+    assert everything(source) == before
+    assert not one.exists()
+
+
+def test_a_read_only_folder_is_found_before_the_work(tmp_path, monkeypatch):
+    """Defends an hour of work; `os.access` is replaced, since root may write everywhere."""
+    source, closed = folder(tmp_path), tmp_path / "closed"
+    closed.mkdir()
+    monkeypatch.setattr(places.os, "access", lambda path, mode: path != closed)
+    for out, masks in ((closed / "out", None), (tmp_path / "out", closed / "m.safetensors")):
+        with pytest.raises(PermissionError, match=r"folder that can be written to for .*closed"):
+            prune_checkpoint(source, out, Rule(0.5), masks=masks)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["closed", "source"]
 
 
 def test_bad_configs_are_refused_before_anything_is_made(tmp_path):

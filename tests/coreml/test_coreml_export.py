@@ -272,6 +272,8 @@ def test_the_frontend_can_be_chosen_and_is_reported(tmp_path):
     fallback = export_coreml(model, inputs, tmp_path / "c")
     assert fallback.frontend == "torch.export, core decompositions"
     assert "Bidirectional simple RNN" in fallback.frontend_reason
+    assert fallback.frontend_reason.startswith("torch.jit.trace failed: ")
+    assert "; it was tried first (" in fallback.frontend_reason
 
 
 def test_flexible_shapes_pass_through(tmp_path):

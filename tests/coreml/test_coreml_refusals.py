@@ -47,6 +47,7 @@ def test_old_and_unknown_targets_are_refused_with_the_list_of_able_ones(refused)
     refused(ValueError, "iOS15", "no sparse weights", "iOS16", "macOS13", target="iOS15")
     refused(ValueError, "iOS15", target=ct.target.iOS15)
     refused(ValueError, "'iOS99'", "iOS18", target="iOS99")
+    refused(ValueError, "Did you mean 'iOS17'?", target="ios17")
     refused(TypeError, "16", target=16)
 
 

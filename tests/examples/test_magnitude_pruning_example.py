@@ -189,5 +189,20 @@ def test_the_whole_tutorial_exports_a_package_below_45_percent_with_no_weight_lo
     assert [rows[name]["dropped"] for name in ("conv.weight", "dense.weight")] == [0, 0]
     assert rows["dense.weight"]["storage"] == "sparse"
     assert (tmp_path / "digits.mlpackage" / "Manifest.json").is_file()
+    inspected = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "purprune_adapters.cli",
+            "inspect",
+            str(tmp_path / "digits.mlpackage"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    readme = (EXAMPLES.parent / "README.md").read_text("utf-8")
+    for line in inspected.stdout.splitlines()[2:]:
+        assert line.rpartition(" | ")[0] in readme
     # A second run replaces the package of the first.
     assert tutorial.main(["--out", str(tmp_path), "--dense-epochs", "10"]) == 0

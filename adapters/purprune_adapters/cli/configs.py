@@ -11,7 +11,9 @@ from purprune import ConfigError, PruneConfig, Rule
 from purprune.selection import select
 from purprune.tables import skipped_text
 from purprune_adapters.checkpoints import Checkpoint
-from purprune_adapters.cli.output import AsJson, say, say_json, table
+from purprune_adapters.cli.output import AsJson, Command, say, say_json, table
+from purprune_adapters.cli.pattern_names import pattern_name
+from purprune_adapters.cli.rules import named
 
 _EXAMPLES = (
     "Examples:\n\n"
@@ -23,7 +25,7 @@ _EXAMPLES = (
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("config", epilog=_EXAMPLES)(config_command)
+    app.command("config", cls=Command, epilog=_EXAMPLES)(config_command)
 
 
 def config_command(
@@ -43,32 +45,41 @@ def config_command(
     if file is None:
         raise ConfigError("Expected a config FILE, or --schema; got neither.")
     config = PruneConfig.from_yaml(file)
-    rules: dict[str, Rule] = config.rules
+    rules: dict[str, Rule | None] = _all_rules(config)
     skipped: dict[str, str] = {}
     if checkpoint is not None:
-        rules, skipped = select(config, Checkpoint(checkpoint).shapes())
+        found, skipped = select(named(config), Checkpoint(checkpoint).shapes())
+        rules = {**found}
     if as_json:
         say_json({"config": config.as_dict(), "rules": _plain(rules), "skipped": skipped})
     else:
         say(_text(rules, skipped))
 
 
-def _plain(rules: dict[str, Rule]) -> dict[str, Any]:
+def _all_rules(config: PruneConfig) -> dict[str, Rule | None]:
+    """Return the rules by selector; what leaves dense is None."""
+    everything = {} if config.global_config is None else {"global_config": config.global_config}
+    return {**everything, **config.module_type_configs, **config.module_name_configs}
+
+
+def _plain(rules: dict[str, Rule | None]) -> dict[str, Any]:
     found: dict[str, Any] = PruneConfig(module_name_configs=rules).as_dict()["module_name_configs"]
     return found
 
 
-def _text(rules: dict[str, Rule], skipped: dict[str, str]) -> str:
+def _text(rules: dict[str, Rule | None], skipped: dict[str, str]) -> str:
     head = ("for", "target", "from", "schedule", "score", "pattern")
-    rows = [
-        (
-            name,
-            f"{float(rule.target):.4g}",
-            f"{float(rule.initial_sparsity):.4g}",
-            str(rule.schedule),
-            str(rule.score),
-            str(rule.pattern),
-        )
-        for name, rule in rules.items()
-    ]
+    rows = [(name, *_cells(rule)) for name, rule in rules.items()]
     return table(head, rows) + skipped_text(skipped)
+
+
+def _cells(rule: Rule | None) -> tuple[str, ...]:
+    if rule is None:
+        return "dense", "-", "-", "-", "-"
+    return (
+        f"{float(rule.target):.4g}",
+        f"{float(rule.initial_sparsity):.4g}",
+        str(rule.schedule),
+        str(rule.score),
+        pattern_name(rule.pattern),
+    )

@@ -12,8 +12,10 @@ import typer
 from torch import Tensor, nn
 
 from purprune import PolynomialDecay, PruneConfig, Rule
-from purprune_adapters.cli.output import AsJson, say, say_json
+from purprune_adapters.cli.output import AsJson, Command, say, say_json
 from purprune_adapters.coreml.export import export_coreml
+from purprune_adapters.coreml.paths import destination
+from purprune_adapters.coreml.quiet import load_coremltools
 from purprune_adapters.pruner import Pruner
 from purprune_adapters.report import Report
 
@@ -38,7 +40,7 @@ class Images(NamedTuple):
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("demo", epilog=_EXAMPLES)(demo_command)
+    app.command("demo", cls=Command, epilog=_EXAMPLES)(demo_command)
 
 
 def demo_command(
@@ -46,6 +48,9 @@ def demo_command(
         Path | None,
         typer.Option("--export", metavar="FILE", help="Write a verified Core ML package too."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a package that is there.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -54,6 +59,9 @@ def demo_command(
     Exit code 1 when the zeros are not exactly those that were asked for, or more than three points
     of accuracy are lost. examples/magnitude_pruning.py of the sources is the long form.
     """
+    if export is not None:  # before the training, which takes a while
+        load_coremltools()
+        export = destination(export, overwrite=overwrite)
     train, test = _digits()
     model = _network(seed)
     _fit(model, train, _EPOCHS, seed)
@@ -67,7 +75,7 @@ def demo_command(
     found |= {"pruning": report.as_dict(), "export": None}
     text = f"accuracy: {before:.2f} % dense, {after:.2f} % pruned\n\n{report}"
     if export is not None:
-        exported = export_coreml(model.eval(), test.images[:1], export, overwrite=True)
+        exported = export_coreml(model.eval(), test.images[:1], export, overwrite=overwrite)
         found["export"], text = exported.as_dict(), f"{text}\n\n{exported}"
     found["problems"] = _problems(before, after, report)
     if as_json:

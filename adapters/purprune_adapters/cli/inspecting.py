@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from purprune import Count
-from purprune_adapters.cli.output import AsJson, say, say_json, table
+from purprune_adapters.cli.output import AsJson, Command, say, say_json, table
 from purprune_adapters.structure import Structure, structure_of
 from purprune_adapters.weights import iter_weights
 
@@ -30,13 +30,15 @@ class Inspected(NamedTuple):
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("inspect", epilog=_EXAMPLES)(inspect_command)
+    app.command("inspect", cls=Command, epilog=_EXAMPLES)(inspect_command)
 
 
 def inspect_command(
     path: Annotated[
         Path,
-        typer.Argument(help="A checkpoint in safetensors or of torch.save, or an .mlpackage."),
+        typer.Argument(
+            metavar="PATH", help="A checkpoint in safetensors or of torch.save, or an .mlpackage."
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+from purprune import ConfigError
 from purprune.tables import text_table
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+class Command(TyperCommand):
+    """A command whose help shows no type for flags, which take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters."""
+        params: list[Any] = super().get_params(ctx)
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
 
 
 def say(text: str) -> None:
@@ -57,6 +73,24 @@ def one_line(error: BaseException) -> str:
     else:
         text = str(error) or type(error).__name__
     return " ".join(text.split())
+
+
+@contextmanager
+def in_words_of(option: str = "", fields: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Tell errors of values in the words that were typed: those of options.
+
+    Args:
+        option: what was typed; it takes the place of the value's name.
+        fields: the options that stand for the value's fields.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        text = re.sub(r"^\w+(: |\.)", "", str(error))
+        for field, typed in (fields or {}).items():
+            text = re.sub(rf"\b(?<!-){field}\b", typed, text)
+        text = f"{option}: {text}" if option else text[:1].upper() + text[1:]
+        raise ConfigError(text) from None
 
 
 def is_terminal() -> bool:

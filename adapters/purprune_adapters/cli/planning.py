@@ -11,7 +11,8 @@ from purprune import Plan, plan
 from purprune.tables import skipped_text
 from purprune_adapters.checkpoints import Checkpoint
 from purprune_adapters.cli import rules
-from purprune_adapters.cli.output import AsJson, human, say, say_json, table
+from purprune_adapters.cli.output import AsJson, Command, human, say, say_json, table
+from purprune_adapters.coreml.storage import OVERHEAD
 from purprune_adapters.predicted import Bounds, Prediction, predict
 from purprune_adapters.tensor_files import read_layout
 
@@ -25,7 +26,7 @@ _EXAMPLES = (
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("plan", epilog=_EXAMPLES)(plan_command)
+    app.command("plan", cls=Command, epilog=_EXAMPLES)(plan_command)
 
 
 def plan_command(
@@ -45,7 +46,8 @@ def plan_command(
     cfg = rules.config_of(config, sparsity, nm, block, channel, dim, scope, leave)
     source = Checkpoint(checkpoint)
     shapes = source.shapes()
-    planned = plan(shapes, cfg, step)
+    with rules.selecting(leave):
+        planned = plan(shapes, cfg, step)
     predicted = predict(shapes, planned)
     size = sum(read_layout(file).size for file in set(source.files().values()))
     if as_json:
@@ -88,6 +90,7 @@ def _text(shapes: Mapping[str, Tensor], planned: Plan, predicted: Prediction, si
         f"  safetensors, dense with zeros: {size:,} ({human(size)}), as before",
         f"  bit mask and the rest:         {_share(total.bitmask, total.dense)}",
         f"  Core ML weights, float16:      {_share(total.coreml, total.coreml_dense)}",
+        f"    of which {OVERHEAD} for the records of each sparse tensor, in no export's table",
     ]
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ import typer
 
 from purprune_adapters.checkpoints import Checkpoint
 from purprune_adapters.cli import rules
-from purprune_adapters.cli.output import AsJson, human, is_terminal, say, say_json
+from purprune_adapters.cli.output import AsJson, Command, human, is_terminal, say, say_json
 from purprune_adapters.pruned_files import Progress, PrunedCheckpoint, prune_checkpoint
 
 _EXAMPLES = (
@@ -24,12 +24,14 @@ _EXAMPLES = (
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("prune", epilog=_EXAMPLES)(prune_command)
+    app.command("prune", cls=Command, epilog=_EXAMPLES)(prune_command)
 
 
 def prune_command(
     checkpoint: rules.CheckpointPath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file for a file, else a folder.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A .safetensors file for a file, else a folder.")
+    ],
     config: rules.ConfigFile = None,
     sparsity: rules.Sparsity = None,
     nm: rules.Nm = None,
@@ -57,7 +59,7 @@ def prune_command(
     after an interruption, and it goes on.
     """
     cfg = rules.config_of(config, sparsity, nm, block, channel, dim, scope, leave)
-    with _bar(checkpoint) as progress:
+    with rules.selecting(leave), _bar(checkpoint) as progress:
         pruned = prune_checkpoint(
             checkpoint, out, cfg, step=step, masks=masks, overwrite=overwrite, restart=restart,
             progress=progress,

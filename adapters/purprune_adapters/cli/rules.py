@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from purprune import NM, Block, Channel, ConfigError, Pattern, PruneConfig, Rule, Unstructured
+from purprune import (
+    NM,
+    Block,
+    Channel,
+    ConfigError,
+    Pattern,
+    PruneConfig,
+    Rule,
+    SelectionError,
+    Unstructured,
+)
+from purprune_adapters.cli.output import in_words_of
 
 _PANEL = "What to prune"
 
@@ -104,7 +117,7 @@ def config_of(
             f"Expected --config alone, or options without it; got it and {', '.join(given)}."
         )
     if config is not None:
-        found = PruneConfig.from_yaml(config)
+        found = named(PruneConfig.from_yaml(config))
     elif given:
         found = PruneConfig(global_config=_rule(sparsity, nm, block, channel, dim, scope))
     else:
@@ -125,7 +138,9 @@ def _rule(
     if nm is not None:
         patterns["--nm"] = _nm(nm, 1 if dim is None else dim)
     if block is not None:
-        patterns["--block"] = Block(_extents(block), scope=where)
+        extents = _extents(block)
+        with in_words_of(f"--block {block}"):
+            patterns["--block"] = Block(extents, scope=where)
     if channel is not None:
         patterns["--channel"] = Channel(channel, scope=where)
     if len(patterns) > 1:
@@ -142,10 +157,19 @@ def _fraction(text: str | None) -> float:
     """Return the sparsity; a text like 1/3 is taken by Rule itself."""
     if text is None:
         raise ConfigError("Expected --sparsity with this pattern; got none. Half is 0.5.")
+    number = text.removesuffix("%").strip()
     try:
-        return float(text)
-    except ValueError:
-        return text  # type: ignore[return-value]
+        found = Fraction(number)
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(
+            f"Expected --sparsity as a fraction of zeros such as 0.5 or 1/3; got {text!r}."
+        ) from None
+    if text == number and 0 <= found <= 1:
+        return text if "/" in text else float(text)  # type: ignore[return-value]
+    way_out = f" Write --sparsity {float(found / 100):g}." if 0 <= found <= 100 else ""
+    raise ConfigError(
+        f"Expected --sparsity as a fraction of zeros in [0, 1]; got {text!r}.{way_out}"
+    )
 
 
 def _nm(text: str, dim: int) -> Pattern:
@@ -154,10 +178,44 @@ def _nm(text: str, dim: int) -> Pattern:
         raise ConfigError(
             f"Expected --nm ZEROS:M such as 2:4, of every 4 neighbours 2 zeros; got {text!r}."
         )
-    return NM(int(found[1]), int(found[2]), dim=dim)
+    zeros, m = int(found[1]), int(found[2])
+    with in_words_of(f"--nm {text}", {"m": "M"}):
+        if zeros > m:
+            raise ConfigError(f"expected ZEROS <= M, of M neighbours; write --nm {m}:{zeros}.")
+        return NM(zeros, m, dim=dim)
 
 
 def _extents(text: str) -> tuple[int, ...]:
     if re.fullmatch(r"-?\d+(x-?\d+)*", text) is None:
         raise ConfigError(f"Expected --block extents such as 4x1 or 2x-1; got {text!r}.")
     return tuple(int(extent) for extent in text.split("x"))
+
+
+def named(config: PruneConfig) -> PruneConfig:
+    """Return a config that has rules by name alone, as a checkpoint has names alone.
+
+    Raises:
+        SelectionError: it has rules by module type.
+    """
+    if config.module_type_configs:
+        raise SelectionError(
+            f"Expected rules by name, since a checkpoint has no modules; got module types "
+            f"{', '.join(config.module_type_configs)}. Write module_name_configs: "
+            f"{{'layers.*.mlp': ...}}, or a global_config."
+        )
+    return config
+
+
+@contextmanager
+def selecting(leave: Sequence[str] | None) -> Iterator[None]:
+    """Tell what selects nothing in the words of the option that it came from."""
+    try:
+        yield
+    except SelectionError as error:
+        lines = [
+            line.replace("module_name_configs", "--leave")
+            if any(f"{name!r} matches nothing" in line for name in leave or ())
+            else line
+            for line in str(error).splitlines()
+        ]
+        raise SelectionError("\n".join(lines)) from None

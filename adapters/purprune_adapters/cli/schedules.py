@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from purprune import ConfigError, PolynomialDecay, PruneConfig, Rule
-from purprune_adapters.cli.output import AsJson, say, say_json
+from purprune_adapters.cli.output import AsJson, Command, in_words_of, say, say_json
+from purprune_adapters.places import check_folder
 
 _EXAMPLES = (
     "Examples:\n\n"
@@ -17,6 +18,15 @@ _EXAMPLES = (
     "purprune schedule --update-steps 'range(0, 900, 100)' --power 1 --png ramp.png\n\n"
     "purprune schedule --config rules.yaml --json"
 )
+_OPTIONS = {
+    "update_steps": "--update-steps",
+    "begin_step": "--begin",
+    "end_step": "--end",
+    "frequency": "--frequency",
+    "initial_sparsity": "--initial",
+    "target_sparsity": "--target",
+}
+"""What the fields of the schedule and the rule are called here."""
 _HEIGHT, _WIDTH = 12, 64
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _MOST_STEPS = 10_000
@@ -24,7 +34,7 @@ _MOST_STEPS = 10_000
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("schedule", epilog=_EXAMPLES)(schedule_command)
+    app.command("schedule", cls=Command, epilog=_EXAMPLES)(schedule_command)
 
 
 def schedule_command(
@@ -53,6 +63,8 @@ def schedule_command(
         raise ConfigError("Expected --config alone, or a schedule without it; got both.")
     else:
         rules = _ramps(PruneConfig.from_yaml(config))
+    if png is not None:
+        check_folder(png)
     points = {name: _points(rule) for name, rule in rules.items()}
     if png is not None:
         _draw(points, png)
@@ -78,10 +90,11 @@ def _rule(
                 f"Expected --update-steps like 0,100,200 or 'range(0, 900, 100)'; got "
                 f"{update_steps!r}."
             ) from None
-    schedule = PolynomialDecay(
-        steps, power=power, begin_step=begin, end_step=end, frequency=frequency
-    )
-    return Rule(target, schedule, initial)
+    with in_words_of(fields=_OPTIONS):
+        schedule = PolynomialDecay(
+            steps, power=power, begin_step=begin, end_step=end, frequency=frequency
+        )
+        return Rule(target, schedule, initial)
 
 
 def _ramps(config: PruneConfig) -> dict[str, Rule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from purprune import unpack_masks
 from purprune_adapters.checkpoints import Checkpoint
-from purprune_adapters.cli.output import AsJson, say, say_json, table
+from purprune_adapters.cli.output import AsJson, Command, say, say_json, table
 from purprune_adapters.coreml.paths import is_package, package_path
 from purprune_adapters.coreml.records import ParameterRecord, Verification
 from purprune_adapters.coreml.verify import verify_coreml
@@ -26,7 +27,7 @@ _EXAMPLES = (
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("verify", epilog=_EXAMPLES)(verify_command)
+    app.command("verify", cls=Command, epilog=_EXAMPLES)(verify_command)
 
 
 def verify_command(
@@ -51,16 +52,39 @@ def verify_command(
 
     Exit code 1 when one is missing, lost an entry, has one more, or was changed.
     """
-    if not is_package(package_path(package)):
-        raise FileNotFoundError(f"Expected a Core ML package at '{package}'; there is none.")
+    _refuse_no_package(package, checkpoint)
+    weights = load_weights(checkpoint)
     given = None if masks is None else unpack_masks(Checkpoint(masks))
-    found = verify_coreml(package, module_of(load_weights(checkpoint), eps), given, strict=False)
+    if given is None:
+        _refuse_dense(weights, checkpoint)
+    found = verify_coreml(package, module_of(weights, eps), given, strict=False)
     if as_json:
         say_json(found.as_dict())
     else:
         say(_text(found))
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _refuse_no_package(package: Path, checkpoint: Path) -> None:
+    if is_package(checkpoint) and not is_package(package):
+        right = shlex.join(["purprune", "verify", str(checkpoint), str(package)])
+        raise ValueError(
+            f"Expected PACKAGE and then CHECKPOINT; got the package second. Write {right}."
+        )
+    if not is_package(package_path(package)):
+        raise FileNotFoundError(f"Expected a Core ML package at '{package}'; there is none.")
+
+
+def _refuse_dense(weights: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Raise when no weight holds a zero, so that none counts as pruned."""
+    for tensor in weights.values():
+        if tensor.is_floating_point() and tensor.ndim >= 2 and bool((tensor == 0).any()):
+            return
+    raise ValueError(
+        f"Expected a pruned checkpoint; '{checkpoint}' holds no zeros in tensors of two or more "
+        f"dims. Give the one that the package was made from, or --masks."
+    )
 
 
 def module_of(weights: Mapping[str, Tensor], eps: float) -> nn.Module:
@@ -101,10 +125,11 @@ def _made(path: str, weights: Mapping[str, Tensor], eps: float) -> nn.Module:
 def _text(found: Verification) -> str:
     head = ("tensor", "stored", "zeros", "lost", "extra", "changed", "bytes", "matched")
     rows = [_row(row) for row in found.rows]
-    verdict = "every surviving weight is there" if found.ok else "; ".join(found.problems)
+    verdict = ["every surviving weight is there"] if found.ok else found.problems
+    lines = "\n  ".join(verdict)
     return (
         f"{table(head, rows)}\n\nweights: {found.weight_bytes:,} bytes, dense "
-        f"{found.weight_bytes_dense:,}\nread back: {verdict}"
+        f"{found.weight_bytes_dense:,}\nread back: {lines}"
     )
 
 

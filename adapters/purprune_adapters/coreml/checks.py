@@ -39,7 +39,10 @@ def resolve_target(coremltools: Any, target: Any) -> Any:
     able = [name for name, member in members.items() if member >= coremltools.target.iOS16]
     if isinstance(target, str):
         if target not in members:
-            raise ValueError(f"Expected target to be one of {', '.join(able)}; got {target!r}.")
+            raise ValueError(
+                f"Expected target to be one of {', '.join(able)}; got {target!r}."
+                f"{near_misses(target, able)}"
+            )
         target = members[target]
     if not isinstance(target, coremltools.target):
         raise TypeError(

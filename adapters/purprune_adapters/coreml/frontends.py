@@ -185,7 +185,7 @@ def convert_dense(
                 failures.append(_failure(way, error, captured))
                 continue
         if failures:
-            reason += f"; this one, because {failures[0].splitlines()[0]}"
+            reason = f"{failures[0].splitlines()[0]}; it was tried first ({reason})"
         return Converted(made, way, reason, (*notes, *_notes(captured)))
     raise ExportError("coremltools could not convert the model.\n" + "\n".join(failures))
 

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from purprune_adapters.places import check_folder
+
 __all__ = ["destination", "is_package", "package_path", "staged"]
 
 SUFFIX = ".mlpackage"
@@ -53,14 +55,10 @@ def destination(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
     Raises:
         TypeError, ValueError: as ``package_path``.
-        FileNotFoundError: the parent folder doesn't exist.
+        FileNotFoundError, PermissionError: the parent folder doesn't exist, or is read-only.
         FileExistsError: something is there, and ``overwrite`` is False or it is no Core ML package.
     """
-    full = package_path(path)
-    if not full.parent.is_dir():
-        raise FileNotFoundError(
-            f"Expected an existing folder for path; '{full.parent}' isn't there. Create it."
-        )
+    full = check_folder(package_path(path))
     _check_free(full, overwrite=overwrite)
     return full
 
@@ -70,7 +68,8 @@ def _check_free(full: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(
-            f"Expected nothing at path; '{full}' exists. Pass overwrite=True to replace a package."
+            f"Expected nothing at path; '{full}' exists. Pass overwrite=True (--overwrite) to "
+            f"replace a package."
         )
     if not is_package(full):
         raise FileExistsError(

@@ -96,7 +96,14 @@ class Verification:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """One line per parameter that is missing or differs."""
+        """One line per parameter that is missing or differs; one for all where none is there."""
+        if len(self.rows) > 1 and not any(row.found for row in self.rows):
+            reasons = dict.fromkeys(row.reason for row in self.rows)
+            if len(reasons) == 1:
+                return (
+                    f"none of the {len(self.rows)} pruned parameters is in the package, which was "
+                    f"made of another network or of other weights ({next(iter(reasons))})",
+                )
         return tuple(f"'{row.name}': {row.problem}" for row in self.rows if row.problem)
 
     @property

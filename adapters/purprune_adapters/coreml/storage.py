@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["COMPRESSIONS", "compress_weights", "sparse_bytes", "store_sparse", "why_dense"]
+__all__ = [
+    "COMPRESSIONS",
+    "OVERHEAD",
+    "compress_weights",
+    "sparse_bytes",
+    "store_sparse",
+    "why_dense",
+]
 
 #: Names accepted by ``compress``, with the bits of one surviving value.
 COMPRESSIONS = {"int8": 8, "int4": 4, "palette4": 4, "palette6": 6, "palette8": 8}
 
 # Two records of 64 bytes, their padding and the longer op description: 140 to 225 bytes, measured.
-_OVERHEAD = 225
+OVERHEAD = 225
 
 
 def sparse_bytes(numel: int, survivors: int, bits: int) -> int:
@@ -21,7 +28,7 @@ def sparse_bytes(numel: int, survivors: int, bits: int) -> int:
         >>> sparse_bytes(1024 * 1024, 104858, 16)
         341013
     """
-    return -(-numel // 8) + -(-survivors * bits // 8) + _OVERHEAD
+    return -(-numel // 8) + -(-survivors * bits // 8) + OVERHEAD
 
 
 def why_dense(

@@ -59,11 +59,17 @@ def verify_coreml(
     Raises:
         VerificationError: strict, and something is missing or differs; carries ``.report``.
         ValueError: nothing is pruned, or a mask doesn't fit.
+        TypeError: the model comes first.
 
     Example:
         >>> verify_coreml("net.mlpackage", model).ok  # doctest: +SKIP
         True
     """
+    if isinstance(model_or_params, str | os.PathLike) or isinstance(path, nn.Module | Mapping):
+        raise TypeError(
+            f"Expected verify_coreml(path, model); got {type(path).__name__} and "
+            f"{type(model_or_params).__name__}. The path comes first."
+        )
     if isinstance(model_or_params, nn.Module):
         params: dict[str, Tensor] = dict(model_or_params.named_parameters(remove_duplicate=False))
         scales: Scales | None = batch_norm_scales(model_or_params)

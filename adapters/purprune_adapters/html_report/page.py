@@ -19,6 +19,7 @@ from purprune_adapters.html_report.headlines import compared, reasons_of, tiles_
 from purprune_adapters.html_report.layers import layers_of, looked_at, overview
 from purprune_adapters.html_report.progress import schedule
 from purprune_adapters.html_report.sizes import size_chart, stored
+from purprune_adapters.places import check_folder
 from purprune_adapters.pruner import Pruner
 from purprune_adapters.report import Report
 from purprune_adapters.trackers import Record
@@ -55,7 +56,7 @@ def write_html(
     Raises:
         ValueError: weights are in shards, ``before`` has another shape, an accuracy is no share, or
             ``history`` has no records of a log.
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError, PermissionError: there is no such folder, or it is read-only.
         TypeError: what is to be told of is no pruner and no report.
 
     >>> import tempfile
@@ -70,11 +71,7 @@ def write_html(
     """
     if not isinstance(pruned, Pruner | Report):
         raise TypeError(f"Expected a Pruner or a Report; got {type(pruned).__name__}.")
-    file = Path(path)
-    if not file.parent.is_dir():
-        raise FileNotFoundError(
-            f"Expected a folder for '{file}'; there is no '{file.parent}'. Make it first."
-        )
+    file = check_folder(path)
     _refuse_no_shares(accuracy or {})
     history = [_record(record) for record in history]
     pruner = pruned if isinstance(pruned, Pruner) else None
