@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -325,6 +326,50 @@ def test_a_state_dict_of_torch_is_inspected(capsys, tmp_path):
         assert "it is damaged, or was not saved by torch.save." in told
     torch.save([1], file)
     assert "got a list" in refused(capsys, "inspect", file)
+
+
+def test_what_is_inspected_is_written_as_a_page_that_needs_nothing_else(
+    capsys, checkpoint, tmp_path
+):
+    """Defends --html: the numbers of the table, names that are no markup, no address elsewhere."""
+    page, weights = tmp_path / "page.html", dict(Checkpoint(checkpoint))
+    rows = [[0.0, 0.0, 1.0, 2.0], [0.0, 3.0, 0.0, 4.0], [5.0, 0.0, 6.0, 0.0]]
+    weights["<b>&.weight"] = torch.tensor(rows)
+    checkpoint = tmp_path / "odd.safetensors"
+    safetensors.save_file(weights, checkpoint)
+    result = found(capsys, "inspect", checkpoint, "--html", page)
+    text = page.read_text("utf-8")
+    assert f"{result['zeros']:,} of {result['entries']:,}" in text
+    assert "layers.<wbr>0.<wbr>weight" in text
+    assert "&lt;b&gt;&amp;.<wbr>weight" in text
+    assert "<b>&" not in text
+    assert "2:4 along dim 1" in text
+    assert text.count("<tr>") == 1 + len(weights)
+    assert not re.search(r"https?:|@import|url\(|fetch\(|import\(", text)
+    assert text == _again(capsys, checkpoint, page)
+
+
+def _again(capsys: Any, checkpoint: Path, page: Path) -> str:
+    page.write_text("old")
+    told = refused(capsys, "inspect", checkpoint, "--html", page)
+    assert "replace a page with overwrite=True (--overwrite)" in told
+    assert page.read_text() == "old"
+    found(capsys, "inspect", checkpoint, "--html", page, "--overwrite")
+    return page.read_text("utf-8")
+
+
+def test_a_page_is_refused_before_anything_is_read(capsys, checkpoint, tmp_path, monkeypatch):
+    """Defends the checkpoint itself, folders, and the time that reading takes."""
+    monkeypatch.setattr(Checkpoint, "__getitem__", None)
+    before = checkpoint.read_bytes()
+    told = refused(capsys, "inspect", checkpoint, "--html", checkpoint, "--overwrite")
+    assert "Expected a page that ends in .html" in told
+    assert f"Write '{tmp_path}/model.html'" in told
+    assert checkpoint.read_bytes() == before
+    (tmp_path / "folder.html").mkdir()
+    for place, says in (("folder.html", "something is there"), ("no/page.html", "Make it first")):
+        words = ["inspect", checkpoint, "--html", tmp_path / place, "--overwrite"]
+        assert says in refused(capsys, *words)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

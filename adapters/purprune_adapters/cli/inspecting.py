@@ -10,6 +10,7 @@ import typer
 
 from purprune import Count
 from purprune_adapters.cli.output import AsJson, Command, say, say_json, table
+from purprune_adapters.html_report.inspected import check_page, write_inspected
 from purprune_adapters.structure import Structure, structure_of
 from purprune_adapters.weights import iter_weights
 
@@ -17,7 +18,7 @@ _EXAMPLES = (
     "Examples:\n\n"
     "purprune inspect llama-2-4/\n\n"
     "purprune inspect model.pt --json\n\n"
-    "purprune inspect net.mlpackage"
+    "purprune inspect net.mlpackage --html net.html"
 )
 
 
@@ -40,10 +41,21 @@ def inspect_command(
             metavar="PATH", help="A checkpoint in safetensors or of torch.save, or an .mlpackage."
         ),
     ],
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the table as one HTML page too."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a page that is there.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Count zeros, and name the structure they have: channels, blocks, N:M (first number zeros)."""
+    if html is not None:
+        check_page(html, overwrite=overwrite)
     found = inspected(path)
+    if html is not None:
+        write_inspected(html, found, title=f"Zeros of {path.resolve().name}", overwrite=overwrite)
     if as_json:
         say_json(as_dict(found))
     else:

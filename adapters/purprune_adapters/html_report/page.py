@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-import purprune
 from purprune_adapters.coreml.report import ExportReport
 from purprune_adapters.distributed import is_sharded
-from purprune_adapters.html_report import words
 from purprune_adapters.html_report.headlines import compared, reasons_of, tiles_of
 from purprune_adapters.html_report.layers import layers_of, looked_at, overview
 from purprune_adapters.html_report.progress import schedule
 from purprune_adapters.html_report.sizes import size_chart, stored
+from purprune_adapters.html_report.template import render
 from purprune_adapters.places import check_folder
 from purprune_adapters.pruner import Pruner
 from purprune_adapters.report import Report
@@ -96,8 +92,8 @@ def _page(
     layers = layers_of(report)
     curves = schedule(report, pruner, history)
     looks = [] if pruner is None else looked_at(layers, pruner, before)
-    template = _environment().get_template("page.html")
-    rendered: str = template.render(
+    return render(
+        "page.html",
         title=title,
         report=report,
         tiles=tiles_of(report, pruner, export, compared(accuracy)),
@@ -115,42 +111,7 @@ def _page(
         whole=pruner is not None,
         compares=bool(before),
         reasons=reasons_of(report),
-        versions={"purprune": purprune.__version__, "torch": torch.__version__},
-        style=_text("page.css"),
-        script=_text("page.js"),
     )
-    return rendered
-
-
-def _environment() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("purprune_adapters.html_report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "size": words.size,
-        "short": words.short,
-        "share": words.short_percent,
-        "breakable": _breakable,
-    }
-    environment.globals |= {"percent": words.percent, "plural": words.plural}
-    return environment
-
-
-def _breakable(name: str) -> Any:
-    """Let a long name break behind its dots, and escape it."""
-    from markupsafe import Markup, escape
-
-    return escape(name).replace(".", Markup(".<wbr>"))
-
-
-def _text(name: str) -> str:
-    return files("purprune_adapters.html_report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _record(record: Record) -> Record:
