@@ -254,6 +254,11 @@ def sparsity(masks: Mapping[str, Tensor]) -> Sparsity:
     >>> counted.zeros, counted.entries, float(counted), str(counted.tensors["w"])
     (3, 4, 0.75, '3 of 4 (75.00 %)')
     """
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            f"Expected masks as a dict of names to bool tensors; got {type(masks).__name__}. Pass "
+            f"what compute_masks returns; Pruner.report() counts the zeros of a model."
+        )
     for name, mask in masks.items():
         check_mask(name, mask, mask)
         refuse_parts(name, mask)

@@ -272,3 +272,11 @@ def test_a_tensor_of_which_a_part_is_here_is_refused():
         compute_masks({"w": TwoTensor(weight, weight)}, 0, Rule(0.5))
     with pytest.raises(TypeError, match="Expected a bool mask"):
         sparsity({"w": weight})
+
+
+def test_sparsity_counts_masks_and_says_what_else_counts():
+    """Defends the call that comes first to mind: a model, or its parameters."""
+    model = nn.Linear(2, 2)
+    for given in (model, model.parameters()):
+        with pytest.raises(TypeError, match=r"bool tensors; got \w+\. Pass what compute_masks"):
+            sparsity(given)

@@ -105,6 +105,7 @@ def prune_checkpoint(
         except NaNError:
             work.remove()  # the checkpoint has to change first
             raise
+        refuse_place(job, overwrite=overwrite)  # it took a while: what is there now?
         return _finished(job, work, facts, resumed)
 
 

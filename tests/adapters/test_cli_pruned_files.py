@@ -362,6 +362,21 @@ def test_files_that_the_new_checkpoint_does_not_hold_are_not_deleted(tmp_path):
     assert everything(out) == everything(tmp_path / "once")
 
 
+def test_what_came_to_the_destination_meanwhile_is_not_deleted(tmp_path):
+    """Defends notes that somebody writes beside a checkpoint while it is made anew."""
+    source, out = folder(tmp_path), tmp_path / "out"
+    prune_checkpoint(source, out, Rule(0.5))
+
+    def write_notes(what: str, size: int) -> None:
+        (out / "notes.txt").write_text("mine")
+
+    with pytest.raises(FileExistsError, match=r"'notes\.txt' would be gone"):
+        prune_checkpoint(source, out, Rule(0.9), overwrite=True, progress=write_notes)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    assert prune_checkpoint(source, out, Rule(0.9), overwrite=True).resumed > 0
+
+
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
     """Defends a folder elsewhere, and against an error after the work."""
     source, out, real = folder(tmp_path), tmp_path / "out", tmp_path / "real"
