@@ -372,6 +372,7 @@ def main() -> None:
             for row in run(case, entries, dtype, args.rounds, not args.no_memory):
                 rows.append(row)
                 file.write(json.dumps({**where, **row}) + "\n")
+            file.flush()
     show(rows, console)
 
 
