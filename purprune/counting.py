@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 from purprune.errors import NaNError
-from purprune.parts import Buckets, Tally, count_part, sampled
 from purprune.parts import Group as Group
 from purprune.parts import Outcome as Outcome
 from purprune.parts import Part as Part
+from purprune.parts import count_part, sampled
 from purprune.parts import keep as keep
 from purprune.ranking import key_range
+from purprune.tallies import Buckets, Tally
 
 Reduce = Callable[[Tensor], Tensor]
 

@@ -1,15 +1,14 @@
 """Parts: what is asked of one part of a group, chunk by chunk, so that scratch stays small.
 
-How many keys are in each bucket, a sample, which units stay, and where the ties are. The groups and
-how their k-th is found are :mod:`purprune.counting`'s.
+How many keys are in each bucket (:mod:`purprune.tallies`), a sample, which units stay, and where
+the ties are. The groups and how their k-th is found are :mod:`purprune.counting`'s.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from purprune.keys import spread_evenly
 from purprune.ranking import WORDS, key_range, key_scratch, keys_of
+from purprune.tallies import Array, Buckets, Tally
 from purprune.threads import in_threads
 
 T = TypeVar("T")
-Array = Any  # numpy's on the CPU, where it is faster, else torch's
 
 _CHUNK = 1 << 18
 """Keys that are made at a time on the CPU, so that scratch stays in the cache."""
@@ -76,70 +75,6 @@ class Outcome(NamedTuple):
     """A key."""
     ties: int = 0
     """Of the units whose key is ``bound`` so many go too: the first by (member, flat index)."""
-
-
-class Buckets(NamedTuple):
-    """Neighbouring intervals of keys, each ``2**shift`` wide."""
-
-    first: int
-    number: int
-    shift: int
-
-    @property
-    def start(self) -> int:
-        """The lowest key of the first bucket."""
-        return self.first << self.shift
-
-    @property
-    def stop(self) -> int:
-        """The key behind the last bucket."""
-        return (self.first + self.number) << self.shift
-
-
-class Tally:
-    """Counts of NaN, of keys before the buckets, and in each bucket.
-
-    Keys wait until there are as many as buckets, and are counted at once.
-    """
-
-    def __init__(self, buckets: Buckets) -> None:
-        """Begin at zero."""
-        self._counts = np.zeros(2 + buckets.number, dtype=np.int64)
-        self._waiting: list[Array] = []
-        self._waiting_keys = 0
-        self._lock = threading.Lock()
-
-    def add(self, nan: int, below: int, inside: Array) -> None:
-        """Count a chunk; ``inside`` says in which bucket, from 0, each key is."""
-        number = len(self._counts) - 2
-        enough = len(inside) >= number  # which other threads need not wait for
-        found = _histogram(inside, number) if enough else None
-        with self._lock:
-            self._counts[:2] += (nan, below)
-            if found is not None:
-                self._counts[2:] += found
-                return
-            self._waiting.append(inside)
-            self._waiting_keys += len(inside)
-            if self._waiting_keys >= number:
-                self._settle()
-
-    def counts(self) -> Tensor:
-        """Return the counts so far as one tensor on the CPU."""
-        self._settle()
-        return torch.from_numpy(self._counts)
-
-    def _settle(self) -> None:
-        waiting, self._waiting, self._waiting_keys = self._waiting, [], 0
-        if waiting:
-            together = torch.cat if isinstance(waiting[0], Tensor) else np.concatenate
-            self._counts[2:] += _histogram(together(waiting), len(self._counts) - 2)
-
-
-def _histogram(inside: Array, number: int) -> Array:
-    if isinstance(inside, Tensor):
-        return torch.bincount(inside, minlength=number).cpu().numpy()
-    return np.bincount(inside, minlength=number)
 
 
 def _on_cpu(tensor: Tensor) -> bool:
