@@ -93,17 +93,17 @@ def keep_all_but_lowest(
     before = floor if prev is None else prev & floor
     keep = _keep(scores, absolute, layout, sparsity, before)
     if bool((keep & ~before).any()):  # fewer go than before: which of them come back?
-        last = _with_highest(scores, before)
-        first = _keep(last, absolute, layout, sparsity, floor)
+        last = _with_highest(scores, absolute, before)
+        first = _keep(last, False, layout, sparsity, floor)
         keep = _keep(scores, absolute, layout, sparsity, before | first)
     return keep & floor
 
 
-def _with_highest(scores: Tensor, where: Tensor) -> Tensor:
-    """Return the scores with the highest that there is in some places."""
-    scores = scores.float() if scores.itemsize == 1 else scores  # float8 may have no infinity
-    highest = math.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).max - 1
-    return scores.masked_fill(where, highest)
+def _with_highest(scores: Tensor, absolute: bool, where: Tensor) -> Tensor:
+    """Return integers that order like the scores, and in some places one above infinity."""
+    bits, infinity = _as_integers(scores.detach())
+    keys = _keys(bits, KeyMaker(absolute, infinity)).to(torch.int64)
+    return keys.masked_fill(where, torch.iinfo(torch.int64).max - 1)
 
 
 def _keep(

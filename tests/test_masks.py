@@ -280,3 +280,12 @@ def test_sparsity_counts_masks_and_says_what_else_counts():
     for given in (model, model.parameters()):
         with pytest.raises(TypeError, match=r"bool tensors; got \w+\. Pass what compute_masks"):
             sparsity(given)
+
+
+def test_of_infinite_weights_that_went_before_only_some_come_back():
+    """Defends the order where fewer go than went, a floor is given, and all scores are infinite."""
+    params = {"w": torch.full((1, 4), math.inf)}
+    prev = {"w": torch.tensor([[True, True, False, False]])}
+    floor = {"w": torch.ones(1, 4, dtype=torch.bool)}
+    got = compute_masks(params, 0, Rule(0.25), prev=prev, floor=floor)
+    assert got["w"].tolist() == [[True, True, False, True]]
