@@ -1,8 +1,9 @@
 """One large group: the first k found with about one pass over the scores.
 
-A sorted sample brackets the k-th key. The pass writes the mask above the bracket and collects what
-is inside; only this is ranked. A sample that misleads costs another pass and no bit. Where many
-keys are tied the bracket is a single key: its ties are counted and not collected. What was pruned
+A sample brackets the k-th key. The pass writes the mask above the bracket and collects what is
+inside; only this is ranked. Where many keys are equal the bracket is a single one: its ties are
+counted, not collected, and a look back at some chunks keeps the last of them. A sample that
+misleads costs another pass, between bounds that are known by then, and no bit. What was pruned
 before takes no part, or alone takes part where fewer may go than went.
 
 Fresh memory pages cost more than arithmetic, so keys are made in chunks, in scratch that is used
@@ -19,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purprune.keys import Bools, KeyMaker, Keys, spread_evenly
+from purprune.scratch import scratch
 from purprune.threads import in_threads
 
 _CHUNK = 1 << 19
 """Keys that are made at a time, so that they stay in the cache."""
-_SAMPLE = 32
+_SAMPLE = 64
 """Times the root of the number of keys is the size of the sample."""
-_LINE = 16
+_LINE = 32
 """Neighbours that are sampled together: memory is read in lines."""
 _FEW_VALUES = 1 << 16
 """Between bounds as close as this values are counted instead of partitioned."""
@@ -41,20 +43,23 @@ def keep_all_but_lowest_of_one_group(
     """
     contest = _contest(bits, keep, prev, k, make)
     units = bits.size if contest.among is None else int(np.count_nonzero(contest.among))
-    sample = contest.sample()
     info = np.iinfo(bits.dtype)
     least, most = int(info.min), int(info.max)  # between them the k-th is known to be
-    deviations = 4
+    before, behind = 0, 0  # units below the one and above the other
+    sample, deviations = contest.sample(), 4
     while True:
-        low, high = map(
-            bits.dtype.type, _bracket(sample, contest.k / max(units, 1), deviations, least, most)
-        )
+        share = (contest.k - before) / max(units - before - behind, 1)
+        low, high = map(bits.dtype.type, _bracket(sample, share, deviations, least, most))
         found = contest.find(low, high)
-        inside = sum(chunk.inside for chunk in found)
-        need = contest.k - (units - inside - sum(chunk.above for chunk in found))
+        above, inside = sum(chunk.above for chunk in found), sum(chunk.inside for chunk in found)
+        need = contest.k - (units - inside - above)
         if 0 <= need <= inside:
             return contest.settle(found, need, low, high)
-        least, most = (least, int(low) - 1) if need < 0 else (int(high) + 1, most)
+        if need < 0:
+            most, behind = int(low) - 1, inside + above
+        else:
+            least, before = int(high) + 1, units - above
+        sample = sample[(sample >= least) & (sample <= most)]
         deviations *= 2
 
 
@@ -86,7 +91,7 @@ class _Contest(NamedTuple):
 
         def scan(starts: Sequence[int]) -> list[_Chunk]:
             size = min(_CHUNK, self.bits.size)
-            keys, flags = np.empty(size, self.bits.dtype), np.zeros(-(-size // 8) * 8, np.bool_)
+            keys, flags = scratch("keys", size, self.bits.dtype), scratch("flags", size, np.bool_)
             return [self._scan(start, low, high, keys, flags) for start in starts]
 
         starts = range(0, self.bits.size, _CHUNK)
@@ -106,12 +111,11 @@ class _Contest(NamedTuple):
             np.greater_equal(above, self.among[at], out=above)  # above, or one of the others
         if low == high:  # all ties: where they are is asked for where they end
             return _Chunk(at, found, int(np.count_nonzero(inside)))
-        flags[keys.size :] = False
-        where = _where(flags)
+        where = np.flatnonzero(inside)
         return _Chunk(at, found, where.size, keys[where], where)
 
     def sample(self) -> Keys:
-        """Return the sorted keys of a few units, spread evenly."""
+        """Return the keys of a few units, spread evenly."""
         line = _LINE if self.bits.size >= _LINE else 1
         whole = self.bits.size - self.bits.size % line
         size = math.ceil(_SAMPLE * math.sqrt(self.bits.size) / line)
@@ -119,10 +123,8 @@ class _Contest(NamedTuple):
         bits = np.take(self.bits[:whole].reshape(-1, line), at, axis=0)
         if self.among is not None:
             bits = bits[np.take(self.among[:whole].reshape(-1, line), at, axis=0)]
-        keys = self.make(bits.reshape(-1), np.empty(bits.size, bits.dtype))
-        keys = keys.astype(np.int32) if keys.itemsize == 2 else keys  # which sort faster
-        keys.sort()
-        return keys
+        bits = bits.reshape(-1)
+        return self.make(bits, bits)
 
     def settle(self, found: Sequence[_Chunk], need: int, low: Any, high: Any) -> None:
         """Keep what is inside, but for the first ``need`` by (key, index)."""
@@ -131,37 +133,34 @@ class _Contest(NamedTuple):
             keys = np.concatenate([chunk.keys for chunk in found if chunk.keys is not None])
             tie = _kth(keys, need, low, high)
             go -= int(np.count_nonzero(keys < tie))
+        goes = []  # of how many ties, chunk by chunk
         for chunk in found:
-            keep = self.keep[chunk.at]
-            if chunk.keys is not None:
-                stay = chunk.keys >= tie
-                if go:
-                    first = np.flatnonzero(chunk.keys == tie)[:go]
-                    stay[first] = False
-                    go -= first.size
-                keep[chunk.where] = stay
-            elif go < chunk.inside:
-                keep[self._ties(chunk.at, tie)[go:]] = True
-                go = 0
-            else:
-                go -= chunk.inside
+            ties = chunk.inside if chunk.keys is None else int(np.count_nonzero(chunk.keys == tie))
+            goes.append(min(go, ties))
+            go -= goes[-1]
 
-    def _ties(self, at: slice, tie: Any) -> NDArray[np.intp]:
-        """Return where in a chunk the keys are that equal ``tie``."""
-        part = self.bits[at]
-        tied = self.make(part, np.empty(part.size, part.dtype)) == tie
-        if self.among is not None:
-            tied &= self.among[at]
-        return np.flatnonzero(tied)
+        def stay(chunks: Sequence[int]) -> None:
+            for i in chunks:
+                self._keep_inside(found[i], goes[i], tie)
 
+        in_threads(stay, range(len(found)))
 
-def _where(flags: Bools) -> NDArray[np.intp]:
-    """Return where flags are set, of which there are few: eight are looked at together."""
-    words = flags.view(np.uint64)
-    hit = np.flatnonzero(words != 0)
-    found = np.flatnonzero(words[hit].view(np.bool_))
-    where: NDArray[np.intp] = (hit[found >> 3] << 3) + (found & 7)
-    return where
+    def _keep_inside(self, chunk: _Chunk, go: int, tie: Any) -> None:
+        """Keep what is inside and not below the tie, but for the first ties that go."""
+        keep = self.keep[chunk.at]
+        if chunk.keys is not None:
+            stay = chunk.keys >= tie
+            if go:
+                stay[np.flatnonzero(chunk.keys == tie)[:go]] = False
+            keep[chunk.where] = stay
+        elif go < chunk.inside:
+            part = self.bits[chunk.at]
+            tied = self.make(part, scratch("keys", part.size, part.dtype)) == tie
+            if self.among is not None:
+                tied &= self.among[chunk.at]
+            if go:
+                tied[np.flatnonzero(tied)[:go]] = False
+            keep |= tied
 
 
 def _kth(keys: Keys, k: int, low: Any, high: Any) -> Any:
@@ -188,18 +187,37 @@ def _bracket(
 ) -> tuple[int, int]:
     """Return two keys with that share of all keys below the k-th between them, but for bad luck.
 
-    Where many keys are tied there, the bracket is the one that most are: nothing has to be
-    collected, and should it not be the k-th, the next bracket is beside it.
+    Where a quarter of what is between them equals the middle they are that key: nothing has to be
+    collected, and should it not be the k-th, the next bracket is beside it. A heavy tie at an end
+    that hardly reaches inside is left out.
     """
     size = sample.size
     margin = deviations * (math.sqrt(size * share * (1 - share)) + 1)
     first, last = math.floor(share * size - margin), math.ceil(share * size + margin)
-    low = max(least, int(sample[first])) if first >= 0 else least
-    high = min(most, int(sample[last])) if last < size else most
-    if low > high:  # the sample has nothing between the bounds
+    window = _between(sample, max(first, 0), min(last, size - 1))
+    if not window.size:
         return least, most
-    start, stop = np.searchsorted(sample, low), np.searchsorted(sample, high, "right")
-    if stop - start > 4 * margin:
-        keys, times = np.unique(sample[start:stop], return_counts=True)
-        low = high = int(keys[times.argmax()])
-    return low, high
+    middle = window[min(int(share * size) - max(first, 0), window.size - 1)]
+    ties = np.count_nonzero(window == middle)
+    if ties > 1 and 4 * ties >= window.size:
+        return int(middle), int(middle)
+    low, high = int(window[0]), int(window[-1])
+    low += int(np.count_nonzero(sample == low) > last - first)
+    high -= int(np.count_nonzero(sample == high) > last - first)
+    return low if first >= 0 else least, high if last < size else most
+
+
+def _between(sample: Keys, first: int, last: int) -> Keys:
+    """Return the keys of these ranks, from 0, sorted."""
+    if first > last:
+        return sample[:0]
+    if sample.itemsize == 8:  # which leave no bits for an index
+        return np.sort(sample)[first : last + 1]
+    # no two pairs are equal: of tied keys a partition is slow
+    pairs = scratch("pairs", sample.size, np.int64)
+    np.left_shift(sample, 32, out=pairs, dtype=np.int64)
+    pairs |= np.arange(sample.size)
+    pairs.partition(first)
+    pairs = pairs[first:]
+    pairs.partition(last - first)
+    return np.sort(pairs[: last - first + 1] >> 32).astype(sample.dtype)

@@ -13,13 +13,15 @@ Bools = NDArray[np.bool_]
 _MAGNITUDE = {np.dtype(word): word(np.iinfo(word).max) for word in (np.int16, np.int32, np.int64)}
 """All bits of a float but its sign."""
 
-_GOLDEN = 0.6180339887498949
-"""Multiples of it modulo 1 fall evenly: a sample without a stride that data could follow."""
+_GOLDEN = 0x9E3779B97F4A7C15
+"""The golden section of 2**64. Its multiples modulo 2**64 fall evenly: a sample without a stride
+that data could follow."""
 
 
 def spread_evenly(size: int, over: int) -> NDArray[np.int64]:
     """Return the positions of a sample, from 0 to ``over`` - 1; some may come twice."""
-    at: NDArray[np.int64] = (np.arange(size) * _GOLDEN % 1.0 * over).astype(np.int64)
+    fractions = np.arange(size, dtype=np.uint64) * np.uint64(_GOLDEN) >> np.uint64(32)
+    at: NDArray[np.int64] = (fractions * 2.0**-32 * over).astype(np.int64)
     return at
 
 

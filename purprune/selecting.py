@@ -22,13 +22,14 @@ import numpy as np
 
 from purprune.bracketing import keep_all_but_lowest_of_one_group
 from purprune.keys import Bools, KeyMaker, Keys
+from purprune.scratch import scratch
 from purprune.threads import in_threads
 
 _CHUNK = 1 << 19
 """Keys that are made at a time, so that calls are few and scratch stays in the cache."""
 _SMALL_GROUP = 16
-_BRACKET_FROM = 1 << 19
-"""From this many keys on a bracket pays."""
+_BRACKET_FROM = {2: (1 << 16) + 1, 4: 1 << 19, 8: 1 << 19}
+"""From so many keys of so many bytes on a bracket pays; pairs of 16 bits are the faster way."""
 _TIES_MATTER_FROM = 1 << 12
 """Keys; with fewer a partition that goes astray costs less than to look."""
 _WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64} if sys.byteorder == "little" else {}
@@ -64,7 +65,7 @@ def keep_all_but_lowest(
         bits, keep = bits.reshape(1, -1), keep.reshape(1, -1)
         prev = None if prev is None else prev.reshape(1, -1)
         lead = 1
-        if len(spans) == 1 and spans[0].size == bits.size >= _BRACKET_FROM:
+        if len(spans) == 1 and spans[0].size == bits.size >= _BRACKET_FROM[bits.itemsize]:
             one = None if prev is None else prev[0]
             return keep_all_but_lowest_of_one_group(bits[0], keep[0], one, spans[0].k, make)
     if bits.size <= _CHUNK:
@@ -88,7 +89,7 @@ def _select_rows(
 ) -> None:
     if bits.size == 0:
         return
-    keys = make(bits, np.empty(bits.shape, bits.dtype))
+    keys = make(bits, scratch("keys", bits.size, bits.dtype).reshape(bits.shape))
     shape = (math.prod(bits.shape[:lead]), math.prod(bits.shape[lead:]))
     keys = keys.reshape(shape)
     kept = None if prev is None else prev.reshape(shape)
@@ -192,9 +193,12 @@ def _are_tied(keys: Keys) -> bool:
 
 def _by_pairs(keys: Keys, k: int, wide: np.dtype[np.signedinteger[Any]]) -> Bools:
     """Partition pairs of key and index: no two are equal, and their order is the order."""
-    pairs = np.left_shift(keys, 4 * wide.itemsize, dtype=wide)
+    pairs, ordered = (
+        scratch(use, keys.size, wide).reshape(keys.shape) for use in ("pairs", "ordered")
+    )
+    np.left_shift(keys, 4 * wide.itemsize, out=pairs, dtype=wide)
     pairs |= np.arange(keys.shape[1], dtype=wide)
-    ordered = pairs.copy()
+    np.copyto(ordered, pairs)
     ordered.partition(k - 1, axis=1)
     behind: Bools = pairs > ordered[:, k - 1 : k]
     return behind
@@ -202,8 +206,10 @@ def _by_pairs(keys: Keys, k: int, wide: np.dtype[np.signedinteger[Any]]) -> Bool
 
 def _by_threshold(keys: Keys, k: int) -> Bools:
     """Keep what is above the k-th key of its row, and of the ties with it the last ones."""
-    ordered = keys.astype(np.int32) if keys.itemsize == 2 else keys.copy()
-    ordered.partition(k - 1, axis=1)  # of 16-bit integers it is slow
+    wide = np.int32 if keys.itemsize == 2 else keys.dtype  # of 16 bits a partition is slow
+    ordered = scratch("ordered", keys.size, wide).reshape(keys.shape)
+    np.copyto(ordered, keys)
+    ordered.partition(k - 1, axis=1)
     threshold = ordered[:, k - 1 : k].astype(keys.dtype, copy=False)
     keep: Bools = keys > threshold
     left = keys.shape[1] - k

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from purprune.patterns import Norm
+from purprune.scratch import scratch
 from purprune.threads import in_threads
 
 _CHUNK = 1 << 18
@@ -62,12 +63,10 @@ def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
     source = (scores.float() if scores.dtype == torch.bfloat16 else scores).detach().numpy()
 
     def reduce(starts: Sequence[int]) -> None:
-        scratch = np.empty(0, np.float64)
         for start in starts:
             entries = slice(start * block[at], (start + step) * block[at])
             part = source[(slice(None),) * at + (entries,)]
-            scratch = scratch if scratch.size >= part.size else np.empty(part.size, np.float64)
-            terms = scratch[: part.size].reshape(part.shape)
+            terms = scratch("terms", part.size, np.float64).reshape(part.shape)
             np.copyto(terms, part)
             into = (slice(None),) * at + (slice(start, start + step),)
             out[into] = _reduced(terms, block, norm, exponent)
@@ -85,7 +84,7 @@ def exponent_of(scores: Tensor) -> int:
 def _reduced(terms: Array, block: Sequence[int], norm: Norm, exponent: int) -> Array:
     """Reduce terms, which are overwritten."""
     if norm == "l1":
-        terms = abs(terms)
+        terms = terms.abs_() if isinstance(terms, Tensor) else np.abs(terms, out=terms)
     elif norm == "l2":
         if exponent:  # in two factors, each of which is a float
             terms *= 2.0 ** (exponent // 2)
@@ -112,13 +111,14 @@ def _sum_units(terms: Array, dim: int, size: int) -> Array:
 
 
 def _fold(terms: Array, dim: int, size: int) -> Array:
-    """Add halves until one term is left; the odd one is added to the first."""
+    """Add halves until one term is left, in place; the odd one is added to the first."""
     shape, behind = terms.shape, math.prod(terms.shape[dim + 1 :])
     terms = terms.reshape(*shape[:dim], shape[dim] // size, size, *shape[dim + 1 :])
     lead = (slice(None),) * (dim + 1)
     while size > 1 and size * behind > _SHORT:
         half = size // 2
-        sums = terms[(*lead, slice(0, half))] + terms[(*lead, slice(half, 2 * half))]
+        sums = terms[(*lead, slice(0, half))]
+        sums += terms[(*lead, slice(half, 2 * half))]
         if size % 2:
             sums[(*lead, 0)] += terms[(*lead, size - 1)]
         terms, size = sums, half

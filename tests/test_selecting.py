@@ -41,7 +41,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make chunks, samples and brackets so small that small tensors have many."""
     monkeypatch.setattr(selecting, "_CHUNK", 16)
     monkeypatch.setattr(bracketing, "_CHUNK", 16)
-    monkeypatch.setattr(selecting, "_BRACKET_FROM", 32)
+    monkeypatch.setattr(selecting, "_BRACKET_FROM", dict.fromkeys((2, 4, 8), 32))
     monkeypatch.setattr(bracketing, "_SAMPLE", 3)
     monkeypatch.setattr(bracketing, "_LINE", 2)
     monkeypatch.setattr(selecting, "_TIES_MATTER_FROM", 64)
@@ -100,7 +100,7 @@ def test_large_groups_of_every_shape_of_data_are_exact(values: str, s: float):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_pairs_of_key_and_index_fit_their_words(monkeypatch: pytest.MonkeyPatch, n: int, dtype):
     """Defends the last index that 16 bits hold, and the first that they do not."""
-    monkeypatch.setattr(selecting, "_BRACKET_FROM", 1 << 20)
+    monkeypatch.setattr(selecting, "_BRACKET_FROM", dict.fromkeys((2, 4, 8), 1 << 20))
     monkeypatch.setattr(selecting, "_CHUNK", 1 << 20)
     w = torch.ones(1, n, dtype=dtype)
     w[0, -2:] = 2.0
@@ -132,7 +132,7 @@ def test_the_bracket_really_is_used(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("with_prev", [None, 0.2, 0.95])
 def test_a_sample_that_misleads_costs_time_and_no_bit(monkeypatch, s, with_prev):
     """Defends the passes after a miss, also where fewer may go than went before."""
-    monkeypatch.setattr(keys, "_GOLDEN", 0.0)  # the first unit, again and again
+    monkeypatch.setattr(keys, "_GOLDEN", 0)  # the first unit, again and again
     w = torch.randn(999, generator=torch.Generator().manual_seed(0))
     gone = None if with_prev is None else np.random.default_rng(0).random(999) < with_prev
     prev = None if gone is None else torch.from_numpy(~gone)

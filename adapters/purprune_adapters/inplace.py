@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from purprune.ranking import WORDS
+from purprune.scratch import scratch
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 19
 """Entries at a time on the CPU: the widened mask stays in the cache, in memory used again."""
 
 _WORDS = {
@@ -62,6 +63,7 @@ def _multiply_(bits: Tensor, factors: Tensor) -> None:
         return
     if bits.is_contiguous() and factors.is_contiguous():
         bits, factors = bits.view(-1), factors.view(-1)
-    wide = torch.empty(0, dtype=bits.dtype)
-    for into, by in zip(_chunks(bits), _chunks(factors), strict=True):
-        into.mul_(wide.resize_(by.shape).copy_(by))
+    parts = _chunks(factors)
+    wide = torch.from_numpy(scratch("factors", parts[0].numel(), f"i{bits.itemsize}"))
+    for into, by in zip(_chunks(bits), parts, strict=True):
+        into.mul_(wide[: by.numel()].view(by.shape).copy_(by))
