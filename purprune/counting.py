@@ -57,6 +57,13 @@ class _Search(NamedTuple):
         shift += (high >> shift) - (low >> shift) >= 1 << self.bits
         return Buckets(low >> shift, (high >> shift) - (low >> shift) + 1, shift)
 
+    def is_sped_up_by(self, sample: int) -> bool:
+        """Tell whether a sample, a round of its own, saves more than one round without it."""
+        shift = self.buckets().shift
+        if shift <= self.bits:  # two rounds will do, or one where each key has its own bucket
+            return shift > 0 and self.among > 4 * sample
+        return self.among > sample
+
 
 def alone(counts: Tensor) -> Tensor:
     """Return the counts of the only process there is."""
@@ -176,8 +183,7 @@ def _look_ahead(
     groups: Sequence[Group], searches: Sequence[_Search], reduce: Reduce, bits: int, sample: int
 ) -> list[_Search]:
     """Return searches whose windows hold the rank, as a sample says, but for bad luck (4 sigma)."""
-    # where each key has a bucket of its own one round finds it, and the sample would be another
-    large = [i for i, s in enumerate(searches) if s.among > sample and s.buckets().shift]
+    large = [i for i, search in enumerate(searches) if search.is_sped_up_by(sample)]
     samples = [
         [sampled(groups[i], part, searches[i].kept, sample) for part in groups[i].parts]
         for i in large
