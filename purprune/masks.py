@@ -94,8 +94,8 @@ def iter_masks(
     tensors when they are asked for may be larger than memory. Each is asked for once; tensors that
     share a count (``scope="global"``) are all counted first: two times, of 16-bit scores once, and
     seldom once or twice again; with bounds or scales (:class:`GlobalGroup`) some times more, to
-    find out how many of each tensor go. What a :class:`LazyParams` says of shapes is believed, so that nothing is loaded to select
-    rules.
+    find out how many of each tensor go. What a :class:`LazyParams` says of shapes is believed, so
+    that nothing is loaded to select rules.
 
     Args and errors are those of :func:`compute_masks`.
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from purprune.keys import spread_evenly
-from purprune.ranking import WORDS, key_range, key_scratch, keys_of
+from purprune.ranking import WORDS, key_range, keys_of
+from purprune.scratch import scratch
 from purprune.tallies import Array, Buckets, Tally
 from purprune.threads import in_threads
 
@@ -130,10 +131,12 @@ def _chunks(
     size, flat = _size(scores), scores.detach().reshape(-1)
     prev, floor = _flat(part.prev), _flat(part.floor)
     room = min(size, scores.numel())
-    scratch = key_scratch(group.dtype, room) if _on_cpu(scores) else None
-    flags = np.empty((2, room), np.bool_) if _on_cpu(scores) else None
+    memory, flags = None, None
+    if _on_cpu(scores):
+        memory = scratch("counted keys", room, f"i{group.dtype.itemsize}")
+        flags = scratch("counted flags", 2 * room, np.bool_).reshape(2, room)
     for start in starts:
-        keys, nan = keys_of(flat[start : start + size], group.dtype, group.absolute, scratch)
+        keys, nan = keys_of(flat[start : start + size], group.dtype, group.absolute, memory)
         at = slice(start, start + size)
         if nan:
             yield _Chunk(start, keys[:0], None, nan, flags)

@@ -190,11 +190,6 @@ def key_range(dtype: torch.dtype, absolute: bool) -> tuple[int, int]:
     return (0 if absolute else -highest), highest
 
 
-def key_scratch(dtype: torch.dtype, size: int) -> NDArray[np.signedinteger[Any]]:
-    """Return memory for so many keys on the CPU: fresh pages cost more than arithmetic."""
-    return np.empty(size, np.dtype(f"i{dtype.itemsize}"))
-
-
 def keys_of(
     scores: Tensor, dtype: torch.dtype, absolute: bool, scratch: Array | None
 ) -> tuple[Array, int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from purprune.patterns import Norm
@@ -84,7 +85,7 @@ def exponent_of(scores: Tensor) -> int:
 def _reduced(terms: Array, block: Sequence[int], norm: Norm, exponent: int) -> Array:
     """Reduce terms, which are overwritten."""
     if norm == "l1":
-        terms = terms.abs_() if isinstance(terms, Tensor) else np.abs(terms, out=terms)
+        terms = abs(terms)
     elif norm == "l2":
         if exponent:  # in two factors, each of which is a float
             terms *= 2.0 ** (exponent // 2)
@@ -111,14 +112,13 @@ def _sum_units(terms: Array, dim: int, size: int) -> Array:
 
 
 def _fold(terms: Array, dim: int, size: int) -> Array:
-    """Add halves until one term is left, in place; the odd one is added to the first."""
+    """Add halves until one term is left; the odd one is added to the first."""
     shape, behind = terms.shape, math.prod(terms.shape[dim + 1 :])
     terms = terms.reshape(*shape[:dim], shape[dim] // size, size, *shape[dim + 1 :])
     lead = (slice(None),) * (dim + 1)
     while size > 1 and size * behind > _SHORT:
         half = size // 2
-        sums = terms[(*lead, slice(0, half))]
-        sums += terms[(*lead, slice(half, 2 * half))]
+        sums = terms[(*lead, slice(0, half))] + terms[(*lead, slice(half, 2 * half))]
         if size % 2:
             sums[(*lead, 0)] += terms[(*lead, size - 1)]
         terms, size = sums, half
@@ -143,13 +143,27 @@ def spread(keep: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
     single = [n for g in grid for n in (g, 1)]
     whole = [b * g for b, g in zip(block, grid, strict=True)]
     cut = tuple(slice(n) for n in shape)
-    if keep.device.type == "cpu":  # numpy asks for huge pages
-        tiles = np.empty(pairs, dtype=np.bool_)
-        flags = keep.numpy().reshape(single)
-        if block[-1] <= _SHORT:
-            for i in range(block[-1]):
-                tiles[..., i] = flags[..., 0]
-        else:
-            tiles[...] = flags
+    if keep.device.type == "cpu":
+        tiles = _tiles(keep.numpy().reshape(single), pairs)
         return torch.from_numpy(np.ascontiguousarray(tiles.reshape(whole)[cut]))
     return keep.reshape(single).expand(pairs).reshape(whole)[cut].contiguous()
+
+
+def _tiles(flags: NDArray[np.bool_], shape: Sequence[int]) -> NDArray[np.bool_]:
+    """Repeat flags where the shape says so; along the last dim first, where copies are short."""
+    tiles = np.empty(shape, dtype=np.bool_)  # for which numpy asks for huge pages
+    rows, last = max(1, _CHUNK * shape[0] // max(tiles.size, 1)), shape[-1]
+
+    def repeat(starts: Sequence[int]) -> None:
+        for start in starts:
+            part, into = flags[start : start + rows], tiles[start : start + rows]
+            if 1 < last <= _SHORT:
+                size = part.size * last
+                row = scratch("tiles", size, np.bool_).reshape(*part.shape[:-1], last)
+                for i in range(last):
+                    row[..., i] = part[..., 0]
+                part = row
+            into[...] = part
+
+    in_threads(repeat, range(0, shape[0], rows))
+    return tiles
