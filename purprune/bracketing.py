@@ -42,7 +42,7 @@ def keep_all_but_lowest_of_one_group(
         NotANumberError: a score is NaN.
     """
     contest = _contest(bits, keep, prev, k, make)
-    units = bits.size if contest.among is None else int(np.count_nonzero(contest.among))
+    units = contest.units
     info = np.iinfo(bits.dtype)
     least, most = int(info.min), int(info.max)  # between them the k-th is known to be
     before, behind = 0, 0  # units below the one and above the other
@@ -82,6 +82,8 @@ class _Contest(NamedTuple):
     """Which units take part; None: all."""
     others: bool
     """Whether the others stay."""
+    units: int
+    """How many take part."""
     k: int
     """How many of those that take part go."""
     make: KeyMaker
@@ -118,7 +120,7 @@ class _Contest(NamedTuple):
         """Return the keys of a few units, spread evenly."""
         line = _LINE if self.bits.size >= _LINE else 1
         whole = self.bits.size - self.bits.size % line
-        size = math.ceil(_SAMPLE * math.sqrt(self.bits.size) / line)
+        size = math.ceil(_SAMPLE * math.sqrt(self.units) / line)
         at = spread_evenly(size, whole // line)
         bits = np.take(self.bits[:whole].reshape(-1, line), at, axis=0)
         if self.among is not None:
@@ -139,11 +141,13 @@ class _Contest(NamedTuple):
             goes.append(min(go, ties))
             go -= goes[-1]
 
-        def stay(chunks: Sequence[int]) -> None:
-            for i in chunks:
-                self._keep_inside(found[i], goes[i], tie)
+        some_stay = [i for i, chunk in enumerate(found) if goes[i] < chunk.inside]
 
-        in_threads(stay, range(len(found)))
+        def stay(run: Sequence[int]) -> None:
+            for i in run:
+                self._keep_inside(found[some_stay[i]], goes[some_stay[i]], tie)
+
+        in_threads(stay, range(len(some_stay)))
 
     def _keep_inside(self, chunk: _Chunk, go: int, tie: Any) -> None:
         """Keep what is inside and not below the tie, but for the first ties that go."""
@@ -153,9 +157,10 @@ class _Contest(NamedTuple):
             if go:
                 stay[np.flatnonzero(chunk.keys == tie)[:go]] = False
             keep[chunk.where] = stay
-        elif go < chunk.inside:
+        else:
             part = self.bits[chunk.at]
-            tied = self.make(part, scratch("keys", part.size, part.dtype)) == tie
+            keys = self.make(part, scratch("keys", part.size, part.dtype))
+            tied = np.equal(keys, tie, out=scratch("flags", part.size, np.bool_))
             if self.among is not None:
                 tied &= self.among[chunk.at]
             if go:
@@ -175,11 +180,19 @@ def _kth(keys: Keys, k: int, low: Any, high: Any) -> Any:
 def _contest(bits: Keys, keep: Bools, prev: Bools | None, k: int, make: KeyMaker) -> _Contest:
     """Say who takes part: the kept ones; where fewer may go than went, those that went."""
     if prev is None:
-        return _Contest(bits, keep, None, False, k, make)
-    gone = bits.size - int(np.count_nonzero(prev))
+        return _Contest(bits, keep, None, False, bits.size, k, make)
+    kept = _count(prev)
+    gone = bits.size - kept
     if k >= gone:
-        return _Contest(bits, keep, prev, False, k - gone, make)
-    return _Contest(bits, keep, ~prev, True, k, make)
+        return _Contest(bits, keep, prev, False, kept, k - gone, make)
+    return _Contest(bits, keep, ~prev, True, gone, k, make)
+
+
+def _count(flags: Bools) -> int:
+    def count(starts: Sequence[int]) -> int:
+        return sum(int(np.count_nonzero(flags[at : at + _CHUNK])) for at in starts)
+
+    return sum(in_threads(count, range(0, flags.size, _CHUNK)))
 
 
 def _bracket(
