@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from purprune import (
 )
 from purprune.keys import KeyMaker
 from purprune.patterns import Layout
-from purprune.ranking import _by_selecting, _by_sort
+from purprune.ranking import WORDS, _by_selecting, _by_sort
 from purprune.selecting import Span
 from purprune.units import _reduced, unit_scores
 
@@ -160,6 +161,72 @@ def test_few_units_are_collected_where_half_of_them_are_tied(monkeypatch, edge):
     got = _by_selecting(bits, Layout((0,), 0), [Span(0, n, n, k)], None, make)
     assert np.array_equal(got, _expected(w.abs().numpy(), k, None))
     assert sum(collected) < n // 4
+
+
+@pytest.mark.parametrize("edge", [-3, -1, 0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_heavy_tie_at_the_end_of_a_bracket_is_not_collected(monkeypatch, dtype, edge):
+    """Defends the memory: a third of all is tied just below the k-th, which is among few ties."""
+    n, tied = 30_000, 10_000
+    monkeypatch.setattr(bracketing, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(bracketing, "_SAMPLE", 8)
+    found: list[int] = []
+    find = bracketing._Contest.find
+
+    def counting(*args: Any) -> Any:
+        chunks = find(*args)
+        found.extend(chunk.keys.size for chunk in chunks if chunk.keys is not None)
+        return chunks
+
+    monkeypatch.setattr(bracketing._Contest, "find", counting)
+    w = torch.rand(n, generator=torch.Generator().manual_seed(0)) + 1
+    w[torch.randperm(n, generator=torch.Generator().manual_seed(1))[:tied]] = 0.5
+    w = w.to(dtype)
+    k = tied + 100 + edge
+    make = KeyMaker(True, int(torch.tensor(math.inf, dtype=dtype).view(WORDS[dtype.itemsize])))
+    bits = w.view(WORDS[dtype.itemsize])
+    got = _by_selecting(bits, Layout((0,), 0), [Span(0, n, n, k)], None, make)
+    assert np.array_equal(got, _expected(w.double().numpy(), k, None))
+    assert sum(found) < tied
+
+
+def test_ties_of_16_bits_are_counted_in_about_one_pass(monkeypatch):
+    """Defends the speed: few values hold the k-th, and a miss says where to look next."""
+    n, passes, collected = 20_000, [], []
+    monkeypatch.setattr(bracketing, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(bracketing, "_SAMPLE", 16)
+    find = bracketing._Contest.find
+
+    def counting(*args: Any) -> Any:
+        chunks = find(*args)
+        passes.append(chunks)
+        collected.extend(chunk.keys.size for chunk in chunks if chunk.keys is not None)
+        return chunks
+
+    monkeypatch.setattr(bracketing._Contest, "find", counting)
+    generator = torch.Generator().manual_seed(0)
+    trials = 20
+    for _ in range(trials):
+        w = torch.randint(1, 40, (n,), generator=generator).bfloat16()
+        bits, make = w.view(torch.int16), KeyMaker(True, 0x7F80)
+        got = _by_selecting(bits, Layout((0,), 0), [Span(0, n, n, 16_000)], None, make)
+        assert np.array_equal(got, _expected(w.float().numpy(), 16_000, None))
+    assert trials <= len(passes) <= 2 * trials
+    assert sum(collected) < trials * n // 100
+
+
+@pytest.mark.parametrize("deviations", [4, 8])
+@given(
+    st.lists(st.integers(-50, 50), max_size=60),
+    st.fractions(0, 1),
+    st.integers(-60, 0),
+    st.integers(0, 60),
+)
+def test_a_bracket_lies_between_what_is_known(deviations, values, share, least, most):
+    """Defends the end of the search: a bracket has keys, and none that were ruled out."""
+    sample = np.array([v for v in values if least <= v <= most], dtype=np.int16)
+    low, high = bracketing._bracket(sample, float(share), deviations, least, most)
+    assert least <= low <= high <= most
 
 
 def test_chunks_really_are_shared_among_threads(monkeypatch: pytest.MonkeyPatch):
