@@ -6,7 +6,8 @@ scratch that is used again. Three ways, by the size of a group:
 - up to 16 units (N:M): every unit counts how many of its group stand before it, by comparing the
   keys with themselves shifted by 1 to m - 1;
 - rows and small tensors: a partition finds the k-th key of each. Where many keys are equal it is
-  slow, and there, as where it costs nothing, keys get their index as lower bits;
+  slow, and there, as where it costs nothing, keys get their index as lower bits. In a group of its
+  own what was pruned before takes no part: those are zeros, and equal;
 - one large group: a sorted sample brackets the k-th key (:mod:`purprune.bracketing`).
 """
 
@@ -96,11 +97,29 @@ def _select_rows(
     stay = []
     for start, stop, size, k in spans:
         part = keys[:, start:stop].reshape(-1, size)
-        if kept is not None:
-            part = _pruned_first(part, kept[:, start:stop].reshape(-1, size), k, make)
-        stay.append(_all_but_lowest(part, k).reshape(shape[0], stop - start))
+        before = None if kept is None else kept[:, start:stop].reshape(-1, size)
+        if before is None:
+            found = _all_but_lowest(part, k)
+        elif len(part) == 1 and size > _SMALL_GROUP:
+            found = _of_those_that_take_part(part, before, k)
+        else:
+            found = _all_but_lowest(_pruned_first(part, before, k, make), k)
+        stay.append(found.reshape(shape[0], stop - start))
     whole = np.concatenate(stay, axis=1) if len(stay) > 1 else stay[0]
     keep[...] = whole.reshape(keep.shape)
+
+
+def _of_those_that_take_part(keys: Keys, kept: Bools, k: int) -> Bools:
+    """Rank in one group what is kept so far; where fewer may go than went, what went.
+
+    Pruned weights are zeros, and so many ties are what a partition is slow at.
+    """
+    gone = kept.size - int(np.count_nonzero(kept))
+    among, go = (kept, k - gone) if k >= gone else (~kept, k)
+    where = np.flatnonzero(among)  # four times as fast as to index by bools
+    stay = np.full(keys.shape, k < gone)
+    stay.reshape(-1)[where] = _all_but_lowest(keys.reshape(-1)[where].reshape(1, -1), go)
+    return stay
 
 
 def _pruned_first(keys: Keys, kept: Bools, k: int, make: KeyMaker) -> Keys:
