@@ -8,7 +8,7 @@ scratch that is used again. Three ways, by the size of a group:
 - rows and small tensors: a partition finds the k-th key of each. Where many keys are equal it is
   slow, and there, as where it costs nothing, keys get their index as lower bits. In a group of its
   own what was pruned before takes no part: those are zeros, and equal;
-- one large group: a sorted sample brackets the k-th key (:mod:`purprune.bracketing`).
+- one large group: a sample brackets the k-th key (:mod:`purprune.bracketing`).
 """
 
 from __future__ import annotations
