@@ -26,7 +26,7 @@ from purprune.threads import in_threads
 _CHUNK = 1 << 19
 """Keys that are made at a time, so that they stay in the cache."""
 _SAMPLE = 64
-"""Times the root of the number of keys is the size of the sample."""
+"""Times the root of the number of units that take part is the size of the sample of all."""
 _LINE = 32
 """Neighbours that are sampled together: memory is read in lines."""
 _FEW_VALUES = 1 << 16
@@ -93,15 +93,15 @@ class _Contest(NamedTuple):
 
         def scan(starts: Sequence[int]) -> list[_Chunk]:
             size = min(_CHUNK, self.bits.size)
-            keys, flags = scratch("keys", size, self.bits.dtype), scratch("flags", size, np.bool_)
-            return [self._scan(start, low, high, keys, flags) for start in starts]
+            with scratch(size, self.bits.dtype) as keys, scratch(size, np.bool_) as flags:
+                return [self._scan(start, low, high, keys, flags) for start in starts]
 
         starts = range(0, self.bits.size, _CHUNK)
         return [chunk for run in in_threads(scan, starts) for chunk in run]
 
-    def _scan(self, start: int, low: Any, high: Any, scratch: Keys, flags: Bools) -> _Chunk:
+    def _scan(self, start: int, low: Any, high: Any, memory: Keys, flags: Bools) -> _Chunk:
         at = slice(start, min(start + _CHUNK, self.bits.size))
-        keys = self.make(self.bits[at], scratch[: at.stop - start])
+        keys = self.make(self.bits[at], memory[: at.stop - start])
         above = np.greater(keys, high, out=self.keep[at])
         inside = np.greater_equal(keys, low, out=flags[: keys.size])
         np.not_equal(inside, above, out=inside)
@@ -125,8 +125,7 @@ class _Contest(NamedTuple):
         bits = np.take(self.bits[:whole].reshape(-1, line), at, axis=0)
         if self.among is not None:
             bits = bits[np.take(self.among[:whole].reshape(-1, line), at, axis=0)]
-        bits = bits.reshape(-1)
-        return self.make(bits, bits)
+        return self.make(bits.reshape(-1), np.empty(bits.size, bits.dtype))
 
     def settle(self, found: Sequence[_Chunk], need: int, low: Any, high: Any) -> None:
         """Keep what is inside, but for the first ``need`` by (key, index)."""
@@ -157,10 +156,10 @@ class _Contest(NamedTuple):
             if go:
                 stay[np.flatnonzero(chunk.keys == tie)[:go]] = False
             keep[chunk.where] = stay
-        else:
-            part = self.bits[chunk.at]
-            keys = self.make(part, scratch("keys", part.size, part.dtype))
-            tied = np.equal(keys, tie, out=scratch("flags", part.size, np.bool_))
+            return
+        part = self.bits[chunk.at]
+        with scratch(part.size, part.dtype) as memory, scratch(part.size, np.bool_) as flags:
+            tied = np.equal(self.make(part, memory), tie, out=flags)
             if self.among is not None:
                 tied &= self.among[chunk.at]
             if go:
@@ -202,7 +201,7 @@ def _bracket(
 
     Where a quarter of what is between them equals the middle they are that key: nothing has to be
     collected, and should it not be the k-th, the next bracket is beside it. A heavy tie at an end
-    that hardly reaches inside is left out.
+    that does not reach the middle is left out.
     """
     size = sample.size
     margin = deviations * (math.sqrt(size * share * (1 - share)) + 1)
@@ -227,10 +226,9 @@ def _between(sample: Keys, first: int, last: int) -> Keys:
     if sample.itemsize == 8:  # which leave no bits for an index
         return np.sort(sample)[first : last + 1]
     # no two pairs are equal: of tied keys a partition is slow
-    pairs = scratch("pairs", sample.size, np.int64)
-    np.left_shift(sample, 32, out=pairs, dtype=np.int64)
-    pairs |= np.arange(sample.size)
-    pairs.partition(first)
-    pairs = pairs[first:]
-    pairs.partition(last - first)
-    return np.sort(pairs[: last - first + 1] >> 32).astype(sample.dtype)
+    with scratch(sample.size, np.int64) as pairs:
+        np.left_shift(sample, 32, out=pairs, dtype=np.int64)
+        pairs |= np.arange(sample.size)
+        pairs.partition(first)
+        pairs[first:].partition(last - first)
+        return np.sort(pairs[first : last + 1] >> 32).astype(sample.dtype)

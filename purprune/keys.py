@@ -37,7 +37,7 @@ class KeyMaker(NamedTuple):
     """The bits of infinity; None where the scores are integers."""
 
     def __call__(self, bits: Keys, out: Keys) -> Keys:
-        """Write the keys of ``bits`` to ``out``; the extremes of its type never occur."""
+        """Write the keys to ``out``, which is not ``bits``; extremes of its type never occur."""
         if self.infinity is None:
             np.copyto(out, bits)
             return np.absolute(out, out=out) if self.absolute else out

@@ -92,10 +92,10 @@ def iter_masks(
 
     No more than one of the ``params`` is in use at a time, so that a mapping which loads its
     tensors when they are asked for may be larger than memory. Each is asked for once; tensors that
-    share a count (``scope="global"``) are all counted first: two times, of 16-bit scores once, and
-    seldom once or twice again; with bounds or scales (:class:`GlobalGroup`) some times more, to
-    find out how many of each tensor go. What a :class:`LazyParams` says of shapes is believed, so
-    that nothing is loaded to select rules.
+    share a count (``scope="global"``) are all counted first, for which each is asked for once to
+    three times, seldom more; with bounds or scales (:class:`GlobalGroup`) some times more, to find
+    out how many of each tensor go. What a :class:`LazyParams` says of shapes is believed, so that
+    nothing is loaded to select rules.
 
     Args and errors are those of :func:`compute_masks`.
 

@@ -127,14 +127,24 @@ class _Chunk(NamedTuple):
 def _chunks(
     scores: Tensor, starts: Sequence[int], part: Part, group: Group, kept: bool
 ) -> Iterator[_Chunk]:
-    """Yield keys in chunks, and which of them are ranked: those kept so far, or the others."""
+    """Yield keys in chunks, and which of them are ranked: those kept so far, or the others.
+
+    On the CPU a chunk is valid until the next one is asked for.
+    """
+    if not _on_cpu(scores):
+        yield from _keyed(scores, starts, part, group, kept, None, None)
+        return
+    room, word = min(_CHUNK, scores.numel()), f"i{group.dtype.itemsize}"
+    with scratch(room, word) as memory, scratch(2 * room, np.bool_) as flags:
+        yield from _keyed(scores, starts, part, group, kept, memory, flags.reshape(2, room))
+
+
+def _keyed(
+    scores: Tensor, starts: Sequence[int], part: Part, group: Group, kept: bool,
+    memory: Array | None, flags: Array | None,
+) -> Iterator[_Chunk]:  # fmt: skip
     size, flat = _size(scores), scores.detach().reshape(-1)
     prev, floor = _flat(part.prev), _flat(part.floor)
-    room = min(size, scores.numel())
-    memory, flags = None, None
-    if _on_cpu(scores):
-        memory = scratch("counted keys", room, f"i{group.dtype.itemsize}")
-        flags = scratch("counted flags", 2 * room, np.bool_).reshape(2, room)
     for start in starts:
         keys, nan = keys_of(flat[start : start + size], group.dtype, group.absolute, memory)
         at = slice(start, start + size)
@@ -252,8 +262,8 @@ def keep(group: Group, part: Part, outcome: Outcome, ties: int) -> tuple[Tensor,
     for start, tied, at in [found for run in _over_chunks(mark, scores) for found in run]:
         if left and tied:
             if at is None:  # to hold so many would take more memory than the mask
-                (chunk,) = _chunks(scores, [start], part, group, outcome.kept)
-                at = _where(chunk.ties(outcome.bound))
+                again = _chunks(scores, [start], part, group, outcome.kept)
+                (at,) = [_where(chunk.ties(outcome.bound)) for chunk in again]
             flat[start + at[:left]] = False
             left -= min(left, tied)
     return stay, ties - left

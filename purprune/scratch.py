@@ -1,38 +1,58 @@
-"""Scratch: memory of a thread that is used again, since fresh pages cost more than arithmetic."""
+"""Scratch: memory that a thread uses again, since fresh pages cost more than arithmetic."""
 
 from __future__ import annotations
 
 import threading
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 _KEPT = 1 << 22
-"""Bytes up to which memory is kept between calls."""
+"""Bytes up to which memory is kept: what the largest chunk of keys takes."""
 
 
-class _Held(threading.local):
+class _Free(threading.local):
     def __init__(self) -> None:
-        self.bytes: dict[str, NDArray[np.uint8]] = {}
+        self.blocks: list[NDArray[np.uint8]] = []
 
 
-_held = _Held()
+_free = _Free()
 
 
-def scratch(use: str, size: int, dtype: Any) -> NDArray[Any]:
-    """Return memory for so many items: this thread's own, whose content the next call takes over.
+class scratch:  # noqa: N801
+    """Memory for so many items, lent for the length of a ``with``; its content is anything.
 
-    Args:
-        use: what for. Two uses never share memory; one use has the same memory again and again.
-        size: items; with more than 4 MB nothing is kept.
-        dtype: numpy's dtype of an item.
+    What is lent has one user, so that code which runs in between (a signal's handler) takes other
+    memory. A thread keeps as many blocks as it ever had lent at once: three, of up to 4 MB each.
+
+    >>> with scratch(3, np.int16) as keys:
+    ...     keys[:] = 7
+    ...     int(keys.sum())
+    21
     """
-    dtype = np.dtype(dtype)
-    needed = size * dtype.itemsize
-    if needed > _KEPT:
-        return np.empty(size, dtype)
-    held = _held.bytes.get(use)
-    if held is None or held.size < needed:
-        held = _held.bytes[use] = np.empty(needed, np.uint8)
-    return held[:needed].view(dtype)
+
+    def __init__(self, size: int, dtype: Any) -> None:
+        """Ask for so many items of a dtype."""
+        self._dtype = np.dtype(dtype)
+        self._bytes = size * self._dtype.itemsize
+
+    def __enter__(self) -> NDArray[Any]:
+        """Take the block that came back last, or a new one in its place where it is too small."""
+        blocks = _free.blocks
+        block = blocks.pop() if blocks else None
+        if block is None or len(block) < self._bytes:
+            block = np.empty(self._bytes, np.uint8)
+        self._block = block
+        return block[: self._bytes].view(self._dtype)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give the block back."""
+        if len(self._block) <= _KEPT:
+            _free.blocks.append(self._block)

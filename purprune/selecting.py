@@ -90,21 +90,20 @@ def _select_rows(
 ) -> None:
     if bits.size == 0:
         return
-    keys = make(bits, scratch("keys", bits.size, bits.dtype).reshape(bits.shape))
     shape = (math.prod(bits.shape[:lead]), math.prod(bits.shape[lead:]))
-    keys = keys.reshape(shape)
-    kept = None if prev is None else prev.reshape(shape)
-    stay = []
-    for start, stop, size, k in spans:
-        part = keys[:, start:stop].reshape(-1, size)
-        before = None if kept is None else kept[:, start:stop].reshape(-1, size)
-        if before is None:
-            found = _all_but_lowest(part, k)
-        elif len(part) == 1 and size > _SMALL_GROUP:
-            found = _of_those_that_take_part(part, before, k)
-        else:
-            found = _all_but_lowest(_pruned_first(part, before, k, make), k)
-        stay.append(found.reshape(shape[0], stop - start))
+    kept, stay = None if prev is None else prev.reshape(shape), []
+    with scratch(bits.size, bits.dtype) as memory:
+        keys = make(bits, memory.reshape(bits.shape)).reshape(shape)
+        for start, stop, size, k in spans:
+            part = keys[:, start:stop].reshape(-1, size)
+            before = None if kept is None else kept[:, start:stop].reshape(-1, size)
+            if before is None:
+                found = _all_but_lowest(part, k)
+            elif len(part) == 1:
+                found = _of_those_that_take_part(part, before, k)
+            else:
+                found = _all_but_lowest(_pruned_first(part, before, k, make), k)
+            stay.append(found.reshape(shape[0], stop - start))
     whole = np.concatenate(stay, axis=1) if len(stay) > 1 else stay[0]
     keep[...] = whole.reshape(keep.shape)
 
@@ -139,7 +138,7 @@ def _all_but_lowest(keys: Keys, k: int) -> Bools:
     size = keys.shape[1]
     if k <= 0 or k >= size or keys.size == 0:
         return np.full(keys.shape, k <= 0)
-    if size > _SMALL_GROUP:
+    if size > _SMALL_GROUP or len(keys) == 1:
         return _by_partition(keys, k)
     if keys.size > _CHUNK + size:  # so that patterns of one length serve all
         rows = max(1, _CHUNK // size)
@@ -212,24 +211,24 @@ def _are_tied(keys: Keys) -> bool:
 
 def _by_pairs(keys: Keys, k: int, wide: np.dtype[np.signedinteger[Any]]) -> Bools:
     """Partition pairs of key and index: no two are equal, and their order is the order."""
-    pairs, ordered = (
-        scratch(use, keys.size, wide).reshape(keys.shape) for use in ("pairs", "ordered")
-    )
-    np.left_shift(keys, 4 * wide.itemsize, out=pairs, dtype=wide)
-    pairs |= np.arange(keys.shape[1], dtype=wide)
-    np.copyto(ordered, pairs)
-    ordered.partition(k - 1, axis=1)
-    behind: Bools = pairs > ordered[:, k - 1 : k]
-    return behind
+    with scratch(keys.size, wide) as memory, scratch(keys.size, wide) as other:
+        pairs, ordered = memory.reshape(keys.shape), other.reshape(keys.shape)
+        np.left_shift(keys, 4 * wide.itemsize, out=pairs, dtype=wide)
+        pairs |= np.arange(keys.shape[1], dtype=wide)
+        np.copyto(ordered, pairs)
+        ordered.partition(k - 1, axis=1)
+        behind: Bools = pairs > ordered[:, k - 1 : k]
+        return behind
 
 
 def _by_threshold(keys: Keys, k: int) -> Bools:
     """Keep what is above the k-th key of its row, and of the ties with it the last ones."""
     wide = np.int32 if keys.itemsize == 2 else keys.dtype  # of 16 bits a partition is slow
-    ordered = scratch("ordered", keys.size, wide).reshape(keys.shape)
-    np.copyto(ordered, keys)
-    ordered.partition(k - 1, axis=1)
-    threshold = ordered[:, k - 1 : k].astype(keys.dtype, copy=False)
+    with scratch(keys.size, wide) as memory:
+        ordered = memory.reshape(keys.shape)
+        np.copyto(ordered, keys)
+        ordered.partition(k - 1, axis=1)
+        threshold = ordered[:, k - 1 : k].astype(keys.dtype)
     keep: Bools = keys > threshold
     left = keys.shape[1] - k
     if np.count_nonzero(keep) < len(keys) * left:

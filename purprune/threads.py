@@ -16,8 +16,7 @@ T = TypeVar("T")
 def in_threads(work: Callable[[Sequence[int]], T], starts: range) -> list[T]:
     """Call ``work`` with one run of chunks per thread, in order; torch says how many threads.
 
-    Chunks share no result, so the number of threads changes no bit. Each call may keep scratch
-    over its run.
+    Chunks share no result, so the number of threads changes no bit.
     """
     workers = min(torch.get_num_threads(), len(starts)) if len(starts) > 1 else 1
     if workers == 1:

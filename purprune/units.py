@@ -63,14 +63,17 @@ def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
     step = -(-grid[at] // chunks)
     source = (scores.float() if scores.dtype == torch.bfloat16 else scores).detach().numpy()
 
+    largest = source[(slice(None),) * at + (slice(step * block[at]),)].size
+
     def reduce(starts: Sequence[int]) -> None:
-        for start in starts:
-            entries = slice(start * block[at], (start + step) * block[at])
-            part = source[(slice(None),) * at + (entries,)]
-            terms = scratch("terms", part.size, np.float64).reshape(part.shape)
-            np.copyto(terms, part)
-            into = (slice(None),) * at + (slice(start, start + step),)
-            out[into] = _reduced(terms, block, norm, exponent)
+        with scratch(largest, np.float64) as memory:
+            for start in starts:
+                entries = slice(start * block[at], (start + step) * block[at])
+                part = source[(slice(None),) * at + (entries,)]
+                terms = memory[: part.size].reshape(part.shape)
+                np.copyto(terms, part)
+                into = (slice(None),) * at + (slice(start, start + step),)
+                out[into] = _reduced(terms, block, norm, exponent)
 
     in_threads(reduce, range(0, grid[at], step))
     return torch.from_numpy(out)
@@ -157,13 +160,14 @@ def _tiles(flags: NDArray[np.bool_], shape: Sequence[int]) -> NDArray[np.bool_]:
     def repeat(starts: Sequence[int]) -> None:
         for start in starts:
             part, into = flags[start : start + rows], tiles[start : start + rows]
-            if 1 < last <= _SHORT:
-                size = part.size * last
-                row = scratch("tiles", size, np.bool_).reshape(*part.shape[:-1], last)
+            if not 1 < last <= _SHORT:
+                into[...] = part
+                continue
+            with scratch(part.size * last, np.bool_) as memory:
+                row = memory.reshape(*part.shape[:-1], last)
                 for i in range(last):
                     row[..., i] = part[..., 0]
-                part = row
-            into[...] = part
+                into[...] = row
 
     in_threads(repeat, range(0, shape[0], rows))
     return tiles

@@ -190,6 +190,37 @@ def test_a_heavy_tie_at_the_end_of_a_bracket_is_not_collected(monkeypatch, dtype
     assert sum(found) < tied
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_signed_scores_are_found_in_one_pass(monkeypatch, dtype, share):
+    """Defends the speed: the sample has the signs of what it stands for."""
+    n, passes = 20_000, []
+    monkeypatch.setattr(bracketing, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(bracketing, "_SAMPLE", 16)
+    find = bracketing._Contest.find
+    monkeypatch.setattr(
+        bracketing._Contest, "find", lambda *args: (found := find(*args), passes.append(found))[0]
+    )
+    w = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bits, k = w.view(WORDS[dtype.itemsize]), int(n * share)
+    infinity = int(torch.tensor(math.inf, dtype=dtype).view(bits.dtype))
+    got = _by_selecting(bits, Layout((0,), 0), [Span(0, n, n, k)], None, KeyMaker(False, infinity))
+    assert np.array_equal(got, _expected(w.double().numpy(), k, None))
+    assert len(passes) <= (2 if dtype == torch.bfloat16 else 1)
+
+
+def test_small_groups_that_shrink_are_partitioned(monkeypatch):
+    """Defends the speed of many small tensors: what serves N:M has tables for few lengths."""
+    monkeypatch.setattr(selecting, "_by_shifts", None)
+    generator = torch.Generator().manual_seed(0)
+    for n in range(18, 60):
+        w, k = torch.randn(n, generator=generator), n - 5
+        prev = torch.rand(n, generator=generator) < 12 / n
+        make, bits = KeyMaker(True, 0x7F800000), w.view(torch.int32)
+        got = _by_selecting(bits, Layout((0,), 0), [Span(0, n, n, k)], prev, make)
+        assert np.array_equal(got, _expected(w.abs().numpy(), k, ~prev.numpy()))
+
+
 def test_ties_of_16_bits_are_counted_in_about_one_pass(monkeypatch):
     """Defends the speed: few values hold the k-th, and a miss says where to look next."""
     n, passes, collected = 20_000, [], []

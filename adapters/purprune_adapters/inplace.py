@@ -30,10 +30,10 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
         tensor.masked_fill_(~mask, 0)
         return
     bits, factors = tensor.view(words), mask.view(torch.int8)
-    if bits.numel() > _CHUNK and bits.device.type == "cpu":
-        _multiply_(bits, factors)
+    if bits.numel() <= _CHUNK or bits.device.type != "cpu" or torch.compiler.is_compiling():
+        bits.mul_(factors)  # which a compiler makes one loop of
     else:
-        bits.mul_(factors)
+        _multiply_(bits, factors)
 
 
 @torch.no_grad()
@@ -64,6 +64,7 @@ def _multiply_(bits: Tensor, factors: Tensor) -> None:
     if bits.is_contiguous() and factors.is_contiguous():
         bits, factors = bits.view(-1), factors.view(-1)
     parts = _chunks(factors)
-    wide = torch.from_numpy(scratch("factors", parts[0].numel(), f"i{bits.itemsize}"))
-    for into, by in zip(_chunks(bits), parts, strict=True):
-        into.mul_(wide[: by.numel()].view(by.shape).copy_(by))
+    with scratch(parts[0].numel(), f"i{bits.itemsize}") as memory:
+        wide = torch.from_numpy(memory)
+        for into, by in zip(_chunks(bits), parts, strict=True):
+            into.mul_(wide[: by.numel()].view(by.shape).copy_(by))
