@@ -25,6 +25,8 @@ from purprune.threads import in_threads
 
 _CHUNK = 1 << 19
 """Keys that are made at a time, so that they stay in the cache."""
+_CHUNKS_PER_THREAD = 3
+"""At least."""
 _SAMPLE = 64
 """Times the root of the number of units that take part is the size of the sample of all."""
 _LINE = 32
@@ -97,7 +99,7 @@ class _Contest(NamedTuple):
                 return [self._scan(start, low, high, keys, flags) for start in starts]
 
         starts = range(0, self.bits.size, _CHUNK)
-        return [chunk for run in in_threads(scan, starts) for chunk in run]
+        return [chunk for run in in_threads(scan, starts, _CHUNKS_PER_THREAD) for chunk in run]
 
     def _scan(self, start: int, low: Any, high: Any, memory: Keys, flags: Bools) -> _Chunk:
         at = slice(start, min(start + _CHUNK, self.bits.size))
@@ -146,7 +148,7 @@ class _Contest(NamedTuple):
             for i in run:
                 self._keep_inside(found[some_stay[i]], goes[some_stay[i]], tie)
 
-        in_threads(stay, range(len(some_stay)))
+        in_threads(stay, range(len(some_stay)), _CHUNKS_PER_THREAD)
 
     def _keep_inside(self, chunk: _Chunk, go: int, tie: Any) -> None:
         """Keep what is inside and not below the tie, but for the first ties that go."""
@@ -191,7 +193,7 @@ def _count(flags: Bools) -> int:
     def count(starts: Sequence[int]) -> int:
         return sum(int(np.count_nonzero(flags[at : at + _CHUNK])) for at in starts)
 
-    return sum(in_threads(count, range(0, flags.size, _CHUNK)))
+    return sum(in_threads(count, range(0, flags.size, _CHUNK), _CHUNKS_PER_THREAD))
 
 
 def _bracket(

@@ -13,13 +13,14 @@ import torch
 T = TypeVar("T")
 
 
-def in_threads(work: Callable[[Sequence[int]], T], starts: range) -> list[T]:
+def in_threads(work: Callable[[Sequence[int]], T], starts: range, least: int = 1) -> list[T]:
     """Call ``work`` with one run of chunks per thread, in order; torch says how many threads.
 
-    Chunks share no result, so the number of threads changes no bit.
+    Chunks share no result, so the number of threads changes no bit. With fewer than ``least``
+    chunks each a thread takes longer to wake than it saves.
     """
-    workers = min(torch.get_num_threads(), len(starts)) if len(starts) > 1 else 1
-    if workers == 1:
+    workers = min(torch.get_num_threads(), len(starts) // least)
+    if workers <= 1:
         return [work(starts)]
     share = -(-len(starts) // workers)
     first, *others = (starts[i : i + share] for i in range(0, len(starts), share))
