@@ -179,14 +179,26 @@ def _kth(keys: Keys, k: int, low: Any, high: Any) -> Any:
 
 
 def _contest(bits: Keys, keep: Bools, prev: Bools | None, k: int, make: KeyMaker) -> _Contest:
-    """Say who takes part: the kept ones; where fewer may go than went, those that went."""
     if prev is None:
         return _Contest(bits, keep, None, False, bits.size, k, make)
-    kept = _count(prev)
-    gone = bits.size - kept
-    if k >= gone:
-        return _Contest(bits, keep, prev, False, kept, k - gone, make)
-    return _Contest(bits, keep, ~prev, True, gone, k, make)
+    among, others, units, go = those_that_take_part(prev, k)
+    return _Contest(bits, keep, among, others, units, go, make)
+
+
+def those_that_take_part(kept: Bools, k: int) -> tuple[Bools, bool, int, int]:
+    """Say who takes part: the kept ones; where fewer may go than went, those that went.
+
+    Args:
+        kept: which units of one group are kept so far, 1-D.
+        k: how many go in the end.
+
+    Returns:
+        Which units take part, whether the others stay, how many take part, and how many of these
+        go.
+    """
+    units = _count(kept)
+    gone = kept.size - units
+    return (kept, False, units, k - gone) if k >= gone else (~kept, True, gone, k)
 
 
 def _count(flags: Bools) -> int:

@@ -80,7 +80,8 @@ def count_down(
         reduce: sums a 1-D int64 tensor on the CPU over all processes. It is called once in every
             round, for all groups together.
         bits: at most 2**bits buckets per group and round.
-        sample: of a group with more units so many are looked at first, about; 0 means none.
+        sample: of a group with more units so many are looked at first, about, unless two rounds
+            without it would be no slower; 0 means none.
 
     Raises:
         NaNError: a score is NaN, in every process if in one. The message has no name.

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from purprune.bracketing import keep_all_but_lowest_of_one_group
+from purprune.bracketing import keep_all_but_lowest_of_one_group, those_that_take_part
 from purprune.keys import Bools, KeyMaker, Keys
 from purprune.scratch import scratch
 from purprune.threads import in_threads
@@ -113,10 +113,9 @@ def _of_those_that_take_part(keys: Keys, kept: Bools, k: int) -> Bools:
 
     Pruned weights are zeros, and so many ties are what a partition is slow at.
     """
-    gone = kept.size - int(np.count_nonzero(kept))
-    among, go = (kept, k - gone) if k >= gone else (~kept, k)
+    among, others_stay, _, go = those_that_take_part(kept.reshape(-1), k)
     where = np.flatnonzero(among)  # four times as fast as to index by bools
-    stay = np.full(keys.shape, k < gone)
+    stay = np.full(keys.shape, others_stay)
     stay.reshape(-1)[where] = _all_but_lowest(keys.reshape(-1)[where].reshape(1, -1), go)
     return stay
 

@@ -62,7 +62,6 @@ def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
     at = next((d for d, n in enumerate(grid) if n >= chunks), grid.index(max(grid)))
     step = -(-grid[at] // chunks)
     source = (scores.float() if scores.dtype == torch.bfloat16 else scores).detach().numpy()
-
     largest = source[(slice(None),) * at + (slice(step * block[at]),)].size
 
     def reduce(starts: Sequence[int]) -> None:

@@ -264,6 +264,35 @@ def test_16_bits_are_counted_in_one_pass_without_a_sample(dtype, absolute):
         assert np.array_equal(np.flatnonzero(~mask.numpy()), np.sort(first))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sample", "looked"),
+    [
+        (torch.float32, 10_000, False),  # two rounds of 16 bits
+        (torch.float32, 9_999, True),
+        (torch.float64, 39_999, True),  # four rounds
+        (torch.float64, 40_000, False),
+        (torch.bfloat16, 1, False),  # one round
+    ],
+    ids=str,
+)
+def test_a_sample_is_taken_where_it_saves_time(monkeypatch, dtype, sample, looked):
+    """Defends small groups, whose sample would take longer than their count."""
+    monkeypatch.setattr(parts, "_CHUNK", 1 << 14)
+    taken, sampled = [], counting.sampled
+
+    def watched(*args: Any) -> Tensor:
+        taken.append(args)
+        return sampled(*args)
+
+    monkeypatch.setattr(counting, "sampled", watched)
+    w = torch.rand(40_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    group = Group([Part(lambda: w, 0)], 30_000, (len(w),), dtype, True)
+    (outcome,) = count_down([group], bits=16, sample=sample)
+    mask, _ = keep(group, group.parts[0], outcome, outcome.ties)
+    assert int((~mask).sum()) == 30_000
+    assert bool(taken) == looked
+
+
 def test_a_sample_that_misleads_costs_a_round_and_no_bit(monkeypatch: pytest.MonkeyPatch):
     """Defends the way back from a window on either side of the rank."""
     w = torch.arange(1.0, 1001)

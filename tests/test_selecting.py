@@ -163,22 +163,29 @@ def test_few_units_are_collected_where_half_of_them_are_tied(monkeypatch, edge):
     assert sum(collected) < n // 4
 
 
-@pytest.mark.parametrize("edge", [-3, -1, 0, 1, 3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_a_heavy_tie_at_the_end_of_a_bracket_is_not_collected(monkeypatch, dtype, edge):
-    """Defends the memory: a third of all is tied just below the k-th, which is among few ties."""
-    n, tied = 30_000, 10_000
-    monkeypatch.setattr(bracketing, "_CHUNK", 1 << 12)
-    monkeypatch.setattr(bracketing, "_SAMPLE", 8)
-    found: list[int] = []
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record how many keys each pass over a large group collects; its sample is small."""
+    collected: list[int] = []
     find = bracketing._Contest.find
 
-    def counting(*args: Any) -> Any:
+    def watched(*args: Any) -> Any:
         chunks = find(*args)
-        found.extend(chunk.keys.size for chunk in chunks if chunk.keys is not None)
+        collected.append(sum(chunk.keys.size for chunk in chunks if chunk.keys is not None))
         return chunks
 
-    monkeypatch.setattr(bracketing._Contest, "find", counting)
+    monkeypatch.setattr(bracketing, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(bracketing, "_SAMPLE", 16)
+    monkeypatch.setattr(bracketing._Contest, "find", watched)
+    return collected
+
+
+@pytest.mark.parametrize("edge", [-3, -1, 0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_heavy_tie_at_the_end_of_a_bracket_is_not_collected(monkeypatch, passes, dtype, edge):
+    """Defends the memory: a third of all is tied just below the k-th, which is among few ties."""
+    n, tied = 30_000, 10_000
+    monkeypatch.setattr(bracketing, "_SAMPLE", 8)
     w = torch.rand(n, generator=torch.Generator().manual_seed(0)) + 1
     w[torch.randperm(n, generator=torch.Generator().manual_seed(1))[:tied]] = 0.5
     w = w.to(dtype)
@@ -187,20 +194,14 @@ def test_a_heavy_tie_at_the_end_of_a_bracket_is_not_collected(monkeypatch, dtype
     bits = w.view(WORDS[dtype.itemsize])
     got = _by_selecting(bits, Layout((0,), 0), [Span(0, n, n, k)], None, make)
     assert np.array_equal(got, _expected(w.double().numpy(), k, None))
-    assert sum(found) < tied
+    assert sum(passes) < tied
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_signed_scores_are_found_in_one_pass(monkeypatch, dtype, share):
+def test_signed_scores_are_found_in_one_pass(passes, dtype, share):
     """Defends the speed: the sample has the signs of what it stands for."""
-    n, passes = 20_000, []
-    monkeypatch.setattr(bracketing, "_CHUNK", 1 << 12)
-    monkeypatch.setattr(bracketing, "_SAMPLE", 16)
-    find = bracketing._Contest.find
-    monkeypatch.setattr(
-        bracketing._Contest, "find", lambda *args: (found := find(*args), passes.append(found))[0]
-    )
+    n = 20_000
     w = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(dtype)
     bits, k = w.view(WORDS[dtype.itemsize]), int(n * share)
     infinity = int(torch.tensor(math.inf, dtype=dtype).view(bits.dtype))
@@ -221,20 +222,9 @@ def test_small_groups_that_shrink_are_partitioned(monkeypatch):
         assert np.array_equal(got, _expected(w.abs().numpy(), k, ~prev.numpy()))
 
 
-def test_ties_of_16_bits_are_counted_in_about_one_pass(monkeypatch):
+def test_ties_of_16_bits_are_counted_in_about_one_pass(passes):
     """Defends the speed: few values hold the k-th, and a miss says where to look next."""
-    n, passes, collected = 20_000, [], []
-    monkeypatch.setattr(bracketing, "_CHUNK", 1 << 12)
-    monkeypatch.setattr(bracketing, "_SAMPLE", 16)
-    find = bracketing._Contest.find
-
-    def counting(*args: Any) -> Any:
-        chunks = find(*args)
-        passes.append(chunks)
-        collected.extend(chunk.keys.size for chunk in chunks if chunk.keys is not None)
-        return chunks
-
-    monkeypatch.setattr(bracketing._Contest, "find", counting)
+    n = 20_000
     generator = torch.Generator().manual_seed(0)
     trials = 20
     for _ in range(trials):
@@ -243,7 +233,7 @@ def test_ties_of_16_bits_are_counted_in_about_one_pass(monkeypatch):
         got = _by_selecting(bits, Layout((0,), 0), [Span(0, n, n, 16_000)], None, make)
         assert np.array_equal(got, _expected(w.float().numpy(), 16_000, None))
     assert trials <= len(passes) <= 2 * trials
-    assert sum(collected) < trials * n // 100
+    assert sum(passes) < trials * n // 100
 
 
 @pytest.mark.parametrize("deviations", [4, 8])

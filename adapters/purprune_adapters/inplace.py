@@ -30,10 +30,10 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
         tensor.masked_fill_(~mask, 0)
         return
     bits, factors = tensor.view(words), mask.view(torch.int8)
-    if bits.numel() <= _CHUNK or bits.device.type != "cpu" or torch.compiler.is_compiling():
-        bits.mul_(factors)  # which a compiler makes one loop of
-    else:
+    if bits.numel() > _CHUNK and bits.device.type == "cpu":
         _multiply_(bits, factors)
+    else:
+        bits.mul_(factors)
 
 
 @torch.no_grad()
