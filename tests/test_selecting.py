@@ -183,13 +183,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("edge", [-3, -1, 0, 1, 3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_heavy_tie_at_the_end_of_a_bracket_is_not_collected(monkeypatch, passes, dtype, edge):
-    """Defends the memory: a third of all is tied just below the k-th, which is among few ties."""
+    """Defends the memory: a third of all is tied below the k-th, and reaches into its bracket."""
     n, tied = 30_000, 10_000
     monkeypatch.setattr(bracketing, "_SAMPLE", 8)
     w = torch.rand(n, generator=torch.Generator().manual_seed(0)) + 1
     w[torch.randperm(n, generator=torch.Generator().manual_seed(1))[:tied]] = 0.5
     w = w.to(dtype)
-    k = tied + 100 + edge
+    k = tied + 900 + edge
     make = KeyMaker(True, int(torch.tensor(math.inf, dtype=dtype).view(WORDS[dtype.itemsize])))
     bits = w.view(WORDS[dtype.itemsize])
     got = _by_selecting(bits, Layout((0,), 0), [Span(0, n, n, k)], None, make)
