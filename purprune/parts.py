@@ -16,7 +16,7 @@ from torch import Tensor
 
 from purprune.keys import spread_evenly
 from purprune.ranking import WORDS, key_range, keys_of
-from purprune.scratch import scratch
+from purprune.scratch import DEVICE_CHUNK, scratch
 from purprune.tallies import Array, Buckets, Tally
 from purprune.threads import in_threads
 
@@ -24,7 +24,6 @@ T = TypeVar("T")
 
 _CHUNK = 1 << 18
 """Keys that are made at a time on the CPU, so that scratch stays in the cache."""
-_DEVICE_CHUNK = 1 << 23
 _FEW = 64
 """Of so many keys one may be tied for their places to be remembered: an eighth of the mask."""
 
@@ -83,7 +82,7 @@ def _on_cpu(tensor: Tensor) -> bool:
 
 
 def _size(scores: Tensor) -> int:
-    return _CHUNK if _on_cpu(scores) else _DEVICE_CHUNK
+    return _CHUNK if _on_cpu(scores) else DEVICE_CHUNK
 
 
 def _over_chunks(work: Callable[[Sequence[int]], T], scores: Tensor) -> list[T]:

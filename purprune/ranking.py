@@ -3,8 +3,8 @@
 In every group exactly ``k = floor(units * sparsity)`` units are pruned: the first k by (score, flat
 index), which is a stable sort. Scores are read as integers that order alike (*keys*): the bits of
 an IEEE float, with the sign taken off and put back as a two's complement sign, order like the
-float, and -0 equals 0. On the CPU :mod:`purprune.selecting` finds the first k without a sort; other
-devices sort stably.
+float, and -0 equals 0. The first k are found without a sort, on the CPU by
+:mod:`purprune.selecting`, on other devices by :mod:`purprune.bisecting`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from purprune.bisecting import all_but_lowest
 from purprune.errors import NaNError
 from purprune.keys import KeyMaker, NotANumberError
 from purprune.patterns import Layout
@@ -112,7 +113,7 @@ def _keep(
     bits, infinity = _as_integers(scores.detach())
     columns = math.prod(scores.shape[d] for d in layout.order[layout.lead :])
     spans = [Span(*span, count(span[2], sparsity)) for span in layout.spans(columns)]
-    keep = _by_selecting if bits.device.type == "cpu" else _by_sort
+    keep = _by_selecting if bits.device.type == "cpu" else _by_bisecting
     return keep(bits, layout, spans, prev, KeyMaker(absolute, infinity))
 
 
@@ -149,39 +150,29 @@ def _by_selecting(
     return torch.from_numpy(keep)
 
 
-def _by_sort(
+def _by_bisecting(
     bits: Tensor, layout: Layout, spans: list[Span], prev: Tensor | None, make: KeyMaker
 ) -> Tensor:
-    """Sort stably with torch ops, for devices that share no memory with numpy."""
-    info = torch.iinfo(bits.dtype)
-    moved = _keys(bits, make).permute(layout.order)
-    rows = math.prod(moved.shape[: layout.lead])
-    keys = moved.reshape(rows, moved.numel() // rows if rows else 0)
-    kept = None if prev is None else prev.permute(layout.order).reshape(keys.shape)
-    gone = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
-    for start, stop, size, k in spans:
-        part = keys[:, start:stop].reshape(-1, size)
-        if kept is not None:
-            went = ~kept[:, start:stop].reshape(-1, size)
-            fit = went.sum(dim=1, keepdim=True) <= k
-            part = torch.where(went & fit, info.min, torch.where(~went & ~fit, info.max, part))
-        lowest = torch.sort(part, dim=1, stable=True).indices[:, :k]
-        marked = torch.zeros(part.shape, dtype=torch.bool, device=part.device)
-        gone[:, start:stop] = marked.scatter_(1, lowest, True).view(rows, stop - start)
+    """Select with torch ops, for devices that share no memory with numpy."""
+    top = torch.iinfo(bits.dtype).max - 1 if make.infinity is None else make.infinity
+    among = 0 if make.absolute else -top, top
+    before = None if prev is None else prev.permute(layout.order)
+    moved = bits.permute(layout.order)
+    keep = all_but_lowest(moved, before, layout.lead, spans, lambda part: _keys(part, make), among)
     back = sorted(range(len(layout.order)), key=layout.order.__getitem__)
-    return (~gone).view(moved.shape).permute(back).contiguous()
+    return keep.permute(back).contiguous()
 
 
 def _keys(bits: Tensor, make: KeyMaker) -> Tensor:
     """Do with torch what KeyMaker does with numpy."""
     if make.infinity is None:
         return bits.abs() if make.absolute else bits
-    info = torch.iinfo(bits.dtype)
-    magnitude = bits & info.max
-    if bool((magnitude > make.infinity).any()):
+    keys = bits & torch.iinfo(bits.dtype).max
+    if keys.numel() and int(keys.max()) > make.infinity:
         raise NaNError("Expected numbers; got NaN.")
-    sign = bits >> (info.bits - 1)
-    return magnitude if make.absolute else (magnitude ^ sign) - sign
+    if not make.absolute:  # times 1 or -1, of which each takes a byte
+        keys *= (bits >= 0).view(torch.int8).mul_(2).sub_(1)
+    return keys
 
 
 def key_range(dtype: torch.dtype, absolute: bool) -> tuple[int, int]:

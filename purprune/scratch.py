@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 _KEPT = 1 << 22
 """Bytes up to which memory is kept: what the largest chunk of keys takes."""
 
+DEVICE_CHUNK = 1 << 22
+"""Entries at a time on devices with memory of their own, where calls cost more than on the CPU."""
+
 
 class _Free(threading.local):
     def __init__(self) -> None:

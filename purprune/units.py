@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purprune.patterns import Norm
-from purprune.scratch import scratch
+from purprune.scratch import DEVICE_CHUNK, scratch
 from purprune.threads import in_threads
 
 _CHUNK = 1 << 18
@@ -53,26 +53,34 @@ def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
     if scores.numel() == 0:
         return torch.zeros(grid, dtype=wide, device=scores.device)
     exponent = exponent_of(scores) if norm == "l2" and scores.dtype == wide else 0
-    if scores.device.type != "cpu":
-        reduced: Tensor = _reduced(scores.to(wide, copy=True), block, norm, exponent)
-        return reduced
-    out = np.empty(grid, np.float64)
-    chunks = -(-scores.numel() // _CHUNK)
+    on_cpu = scores.device.type == "cpu"
+    chunks = -(-scores.numel() // (_CHUNK if on_cpu else DEVICE_CHUNK))
     # Cut between units: along the first dim with enough of them, which keeps rows whole.
     at = next((d for d, n in enumerate(grid) if n >= chunks), grid.index(max(grid)))
-    step = -(-grid[at] // chunks)
+    step, lead = -(-grid[at] // chunks), (slice(None),) * at
+
+    def entries(start: int) -> tuple[slice, ...]:
+        return (*lead, slice(start * block[at], (start + step) * block[at]))
+
+    def units(start: int) -> tuple[slice, ...]:
+        return (*lead, slice(start, start + step))
+
+    if not on_cpu:
+        found = torch.empty(grid, dtype=wide, device=scores.device)
+        for start in range(0, grid[at], step):
+            part = scores[entries(start)].to(wide, copy=True)
+            found[units(start)] = _reduced(part, block, norm, exponent)
+        return found
+    out = np.empty(grid, np.float64)
     source = (scores.float() if scores.dtype == torch.bfloat16 else scores).detach().numpy()
-    largest = source[(slice(None),) * at + (slice(step * block[at]),)].size
 
     def reduce(starts: Sequence[int]) -> None:
-        with scratch(largest, np.float64) as memory:
+        with scratch(source[entries(0)].size, np.float64) as memory:
             for start in starts:
-                entries = slice(start * block[at], (start + step) * block[at])
-                part = source[(slice(None),) * at + (entries,)]
+                part = source[entries(start)]
                 terms = memory[: part.size].reshape(part.shape)
                 np.copyto(terms, part)
-                into = (slice(None),) * at + (slice(start, start + step),)
-                out[into] = _reduced(terms, block, norm, exponent)
+                out[units(start)] = _reduced(terms, block, norm, exponent)
 
     in_threads(reduce, range(0, grid[at], step))
     return torch.from_numpy(out)

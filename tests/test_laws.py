@@ -87,7 +87,7 @@ def test_law_2_every_backend_gives_the_same_masks(data: st.DataObject):
     from purprune import selecting
     from purprune.keys import KeyMaker
     from purprune.patterns import Layout
-    from purprune.ranking import _by_selecting, _by_sort
+    from purprune.ranking import _by_bisecting, _by_selecting
     from purprune.selecting import Span
 
     rows = data.draw(st.integers(1, 4))
@@ -100,7 +100,7 @@ def test_law_2_every_backend_gives_the_same_masks(data: st.DataObject):
     np.put_along_axis(expected, order, False, axis=1)
     layout, spans, make = Layout((0, 1), 1), [Span(0, n, n, k)], KeyMaker(False, None)
     assert np.array_equal(_by_selecting(keys, layout, spans, None, make), expected)
-    assert np.array_equal(_by_sort(keys, layout, spans, None, make), expected)
+    assert np.array_equal(_by_bisecting(keys, layout, spans, None, make), expected)
     if 0 < k < n:
         ways = [selecting._by_shifts, selecting._by_partition, selecting._by_threshold]
         ways += [selecting._by_words] if n in selecting._WORDS else []

@@ -32,7 +32,7 @@ from purprune import (
 )
 from purprune.keys import KeyMaker
 from purprune.patterns import Layout
-from purprune.ranking import WORDS, _by_selecting, _by_sort
+from purprune.ranking import WORDS, _by_bisecting, _by_selecting
 from purprune.selecting import Span
 from purprune.units import _reduced, unit_scores
 
@@ -77,7 +77,7 @@ def test_one_large_group_is_selected_as_by_a_stable_sort(pool, n, k, rng, with_p
     prev = None if gone is None else torch.from_numpy(~gone)
     got = _by_selecting(torch.from_numpy(keys), layout, spans, prev, make)
     assert np.array_equal(got, _expected(keys, k, gone))
-    assert torch.equal(got, _by_sort(torch.from_numpy(keys), layout, spans, prev, make))
+    assert torch.equal(got, _by_bisecting(torch.from_numpy(keys), layout, spans, prev, make))
 
 
 @pytest.mark.parametrize("values", ["constant", "two values", "distinct", "sorted", "mostly zero"])
