@@ -3,12 +3,12 @@
 from purprune.allocations import ErdosRenyi as ErdosRenyi
 from purprune.allocations import Uniform as Uniform
 from purprune.config import PruneConfig as PruneConfig
-from purprune.config import Rule as Rule
 from purprune.envelopes import allocate_by_sensitivity as allocate_by_sensitivity
 from purprune.errors import ConfigError as ConfigError
 from purprune.errors import NaNError as NaNError
 from purprune.errors import SelectionError as SelectionError
 from purprune.given import infer_masks as infer_masks
+from purprune.groups import GlobalGroup as GlobalGroup
 from purprune.layer_scores import LAMP as LAMP
 from purprune.layer_scores import RIA as RIA
 from purprune.layer_scores import Wanda as Wanda
@@ -26,7 +26,6 @@ from purprune.packing import unpack_masks as unpack_masks
 from purprune.patterns import NM as NM
 from purprune.patterns import Block as Block
 from purprune.patterns import Channel as Channel
-from purprune.patterns import GlobalGroup as GlobalGroup
 from purprune.patterns import Kernel as Kernel
 from purprune.patterns import Pattern as Pattern
 from purprune.patterns import Unstructured as Unstructured
@@ -40,6 +39,7 @@ from purprune.regrow import SET as SET
 from purprune.regrow import Regrow as Regrow
 from purprune.regrow import RigL as RigL
 from purprune.regrow import StraightThrough as StraightThrough
+from purprune.rules import Rule as Rule
 from purprune.saliency import gradients as gradients
 from purprune.saliency import grasp_scores as grasp_scores
 from purprune.saliency import iterative_masks as iterative_masks

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from purprune.allocations import apportion
 from purprune.counting import Group, count_down, keep
-from purprune.patterns import GlobalGroup, Scale
-from purprune.patterns import Group as Grouped
+from purprune.groups import GlobalGroup, Scale
+from purprune.groups import Group as Grouped
 from purprune.ranking import count
 from purprune.units import unit_scores
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from purprune.config import PruneConfig, Rule
+from purprune.config import PruneConfig
 from purprune.errors import ConfigError, near_misses
+from purprune.rules import Rule
 from purprune.sensitivities import Sensitivity
 from purprune.targets import Quota, divided
 from purprune.values import exact

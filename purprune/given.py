@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from purprune.balancing import limits_of
-from purprune.config import Rule
 from purprune.errors import SelectionError, near_misses
-from purprune.patterns import Layout
+from purprune.groups import Layout
 from purprune.ranking import count
+from purprune.rules import Rule
 from purprune.scoring import kept_units, readable, unit_layout
 from purprune.selection import check_params
 from purprune.totals import sharing, sparsities_at

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purprune.config import PruneConfig, Rule, as_config
+from purprune.config import PruneConfig, as_config
 from purprune.errors import NaNError, near_misses
-from purprune.patterns import TransposableGroup
+from purprune.groups import TransposableGroup
 from purprune.ranking import keep_all_but_lowest, refuse_nan
+from purprune.rules import Rule
 from purprune.scoring import (
     check_mask,
     kept_units,

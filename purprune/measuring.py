@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purprune.config import PruneConfig, Rule, as_config
+from purprune.config import PruneConfig, as_config
+from purprune.groups import GlobalGroup, TensorGroup
 from purprune.masks import apply_masks, compute_masks
-from purprune.patterns import GlobalGroup, TensorGroup
+from purprune.rules import Rule
 from purprune.selection import check_params, select
 from purprune.sensitivities import Sensitivity
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from purprune.errors import ConfigError
-from purprune.patterns import EntryUnit, EveryGroup, Layout, Pattern, RowGroup, TensorGroup
+from purprune.groups import EveryGroup, Layout, RowGroup, TensorGroup
+from purprune.patterns import EntryUnit, Pattern
 from purprune.ranking import count, keep_all_but_lowest, refuse_nan
 from purprune.scoring import readable, refuse_parts
 from purprune.values import exact

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purprune.config import PruneConfig, Rule
+from purprune.config import PruneConfig
 from purprune.context import ScoreContext
 from purprune.errors import ConfigError
 from purprune.layer_scores import Wanda
 from purprune.ranking import refuse_nan
+from purprune.rules import Rule
 from purprune.scoring import readable
 from purprune.targets import Quota, divided
 from purprune.units import unit_scores

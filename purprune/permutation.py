@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from purprune.config import Rule
 from purprune.masks import compute_masks
 from purprune.patterns import NM
 from purprune.ranking import refuse_nan
+from purprune.rules import Rule
 
 _LEAST = 1e-9
 """The part of the kept sum by which an exchange has to raise it, so that it is no rounding."""

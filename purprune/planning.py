@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purprune.config import PruneConfig, Rule, as_config
+from purprune.config import PruneConfig, as_config
 from purprune.masks import check_step
 from purprune.ranking import count
+from purprune.rules import Rule
 from purprune.scoring import unit_layout
 from purprune.selection import described, select
 from purprune.tables import skipped_text, text_table

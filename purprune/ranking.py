@@ -21,8 +21,8 @@ from torch import Tensor
 
 from purprune.bisecting import all_but_lowest
 from purprune.errors import NaNError
+from purprune.groups import Layout
 from purprune.keys import KeyMaker, NotANumberError
-from purprune.patterns import Layout
 from purprune.selecting import Span
 from purprune.selecting import keep_all_but_lowest as keep_all_but_lowest_
 from purprune.values import exact

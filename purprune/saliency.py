@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purprune.config import PruneConfig, Rule, as_config
+from purprune.config import PruneConfig, as_config
 from purprune.context import wide
 from purprune.errors import ConfigError
 from purprune.masks import apply_masks, compute_masks
+from purprune.rules import Rule
 from purprune.scores import needs_of
 from purprune.selection import check_params, select
 

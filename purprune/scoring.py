@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from purprune.config import Rule
 from purprune.context import ScoreContext, full_precision
 from purprune.errors import ConfigError
-from purprune.patterns import Layout, Norm, Pattern
+from purprune.groups import Layout
+from purprune.patterns import Norm, Pattern
 from purprune.ranking import refuse_nan
+from purprune.rules import Rule
 from purprune.scores import Magnitude, OwnScore, needs_of
 from purprune.units import grid_shape, is_entry, spread
 

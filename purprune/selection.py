@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from purprune.config import PruneConfig, Rule
+from purprune.config import PruneConfig
 from purprune.errors import SelectionError, near_misses
+from purprune.rules import Rule
 
 
 class Match(NamedTuple):

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from purprune.balancing import balanced, limits_of, scaled
-from purprune.config import Rule
 from purprune.context import ScoreContext
 from purprune.counting import Group, Outcome, Part, count_down, keep
 from purprune.errors import ConfigError, NaNError
-from purprune.patterns import GlobalGroup, TensorGroup
+from purprune.groups import GlobalGroup, TensorGroup
 from purprune.ranking import count, keep_all_but_lowest, refuse_nan, widest
+from purprune.rules import Rule
 from purprune.scores import Magnitude, OwnScore, Random
 from purprune.scoring import (
     kept_units,

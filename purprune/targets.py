@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from purprune.allocations import OwnTarget, apportion
-from purprune.config import PruneConfig, Rule, as_config
+from purprune.config import PruneConfig, as_config
 from purprune.errors import ConfigError
-from purprune.patterns import EveryGroup, TensorGroup
+from purprune.groups import EveryGroup, TensorGroup
 from purprune.planning import PlannedTensor, plan
 from purprune.quanta import nearest
 from purprune.ranking import count
+from purprune.rules import Rule
 from purprune.selection import described, select
 from purprune.values import exact
 

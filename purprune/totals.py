@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from purprune.allocations import kept_units
-from purprune.config import Rule
 from purprune.errors import ConfigError
-from purprune.patterns import GlobalGroup
+from purprune.groups import GlobalGroup
 from purprune.ranking import count
+from purprune.rules import Rule
 from purprune.scoring import unit_layout
 from purprune.units import grid_shape
 

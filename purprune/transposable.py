@@ -33,7 +33,7 @@ from torch import Tensor
 
 from purprune.augmenting import Bools, Ints, cheapest
 from purprune.errors import ConfigError, NaNError
-from purprune.patterns import Group, TransposableGroup
+from purprune.groups import Group, TransposableGroup
 from purprune.ranking import count
 from purprune.threads import in_threads
 

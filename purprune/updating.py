@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from purprune.allocations import OwnTarget
-from purprune.config import PruneConfig, Rule, as_config
+from purprune.config import PruneConfig, as_config
 from purprune.masks import check_given, check_step, compute_masks
 from purprune.phases import Alternating
 from purprune.ramps import Ramp
 from purprune.regrow import Regrow, StraightThrough
+from purprune.rules import Rule
 from purprune.scores import needs_of
 from purprune.scoring import check_mask
 from purprune.selection import described, select

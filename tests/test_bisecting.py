@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purprune import NaNError, bisecting
+from purprune.groups import Layout
 from purprune.keys import KeyMaker
-from purprune.patterns import Layout
 from purprune.ranking import WORDS, _by_bisecting, _by_selecting
 from purprune.selecting import Span
 from strategies import DTYPES, weights

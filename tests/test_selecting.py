@@ -30,8 +30,8 @@ from purprune import (
     threads,
     units,
 )
+from purprune.groups import Layout
 from purprune.keys import KeyMaker
-from purprune.patterns import Layout
 from purprune.ranking import WORDS, _by_bisecting, _by_selecting
 from purprune.selecting import Span
 from purprune.units import _reduced, unit_scores

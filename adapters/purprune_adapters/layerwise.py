@@ -27,8 +27,8 @@ from purprune import (
     sparsegpt,
 )
 from purprune.config import as_config
+from purprune.groups import EveryGroup, RowGroup
 from purprune.obs import refuse_pattern
-from purprune.patterns import EveryGroup, RowGroup
 from purprune.ranking import refuse_nan
 from purprune.scores import Score, needs_of
 from purprune.totals import sparsities_at

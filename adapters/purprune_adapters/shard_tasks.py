@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from purprune import ConfigError, Magnitude, Rule
 from purprune.context import ScoreContext
-from purprune.patterns import GlobalGroup, Layout, TransposableGroup
+from purprune.groups import GlobalGroup, Layout, TransposableGroup
 from purprune.scores import needs_of
 from purprune.scoring import check_mask, unit_layout
 from purprune.sharing import Inputs

@@ -21,8 +21,8 @@ from purprune.allocations import OwnTarget
 from purprune.config import as_config
 from purprune.context import ScoreContext
 from purprune.counting import Group, alone, count_down, keep
+from purprune.groups import GlobalGroup
 from purprune.masks import check_step, mask_of
-from purprune.patterns import GlobalGroup
 from purprune.ranking import count, nan_error, refuse_extremes
 from purprune.scoring import entry_scores, kept_units, readable
 from purprune.selection import check_params, select

@@ -7,16 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from purprune import NM, Block, Channel, Kernel, Pattern, Unstructured
-from purprune.patterns import (
-    BlockUnit,
-    ChannelUnit,
-    EveryGroup,
-    GlobalGroup,
-    KernelUnit,
-    RowGroup,
-    TensorGroup,
-    TransposableGroup,
-)
+from purprune.groups import EveryGroup, GlobalGroup, RowGroup, TensorGroup, TransposableGroup
+from purprune.patterns import BlockUnit, ChannelUnit, KernelUnit
 
 _SCOPES = {TensorGroup(): "tensor", RowGroup(): "row", GlobalGroup(): "global"}
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from purprune import PruneConfig, Rule, SelectionError
-from purprune.config import CoremltoolsKeys, type_name
+from purprune.config import type_name
+from purprune.coremltools_keys import CoremltoolsKeys
 from purprune.errors import near_misses
 from purprune.schedules import Ramp
 from purprune.selection import refuse_unused
