@@ -6,6 +6,7 @@ compared with a stable sort on the same data before anything is timed.
 
     python benchmarks/masks.py                      # the table of the README
     python benchmarks/masks.py --case unstructured --entries 1048576 --rounds 9
+    python benchmarks/masks.py --device cuda        # waits for the device in every measurement
 """
 
 from __future__ import annotations
@@ -77,9 +78,12 @@ def layer_for(weight: Tensor) -> nn.Module:
 
 def floor(weight: Tensor) -> Work:
     """Read every weight, write every entry of a bool mask."""
-    words = weight.view({4: torch.int32, 2: torch.int16}[weight.itemsize]).numpy()
-    mask = np.empty(words.shape, dtype=bool)
-    return lambda: np.greater(words, 0, out=mask)
+    words = weight.view({4: torch.int32, 2: torch.int16}[weight.itemsize])
+    if weight.device.type != "cpu":
+        there = torch.empty(words.shape, dtype=torch.bool, device=words.device)
+        return lambda: torch.gt(words, 0, out=there)
+    mask, numbers = np.empty(words.shape, dtype=bool), words.numpy()
+    return lambda: np.greater(numbers, 0, out=mask)
 
 
 def ours(case: str, weight: Tensor) -> Work:
@@ -141,7 +145,8 @@ def topk(case: str, weight: Tensor) -> Work:
 
     def work() -> Tensor:
         kept = torch.topk(weight.abs().flatten(), k, sorted=False).indices
-        return torch.zeros(weight.numel(), dtype=torch.bool).index_fill_(0, kept, True)
+        mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+        return mask.index_fill_(0, kept, True)
 
     return work
 
@@ -163,7 +168,8 @@ def sort(case: str, weight: Tensor) -> Work:
 
     def work() -> Tensor:
         order = torch.sort(weight.abs().flatten(), stable=True).indices
-        return torch.ones(weight.numel(), dtype=torch.bool).index_fill_(0, order[:k], False)
+        mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+        return mask.index_fill_(0, order[:k], False)
 
     return work
 
@@ -194,6 +200,7 @@ PEERS: dict[str, tuple[Callable[[str, Tensor], Work], set[str]]] = {
     "torch.sort": (sort, {"unstructured"}),
     "numpy.partition": (numpy_partition, {"unstructured"}),
 }
+ON_THE_CPU = {"numpy.partition"}
 
 
 @contextlib.contextmanager
@@ -205,16 +212,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def weight_of(entries: int, dtype: str) -> Tensor:
+def weight_of(entries: int, dtype: str, device: str) -> Tensor:
     """Return a square weight of normal numbers."""
     side = math.isqrt(entries)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(side, side, generator=generator).to(DTYPES[dtype])
+    return torch.randn(side, side, generator=generator).to(DTYPES[dtype]).to(device)
 
 
 def check(case: str, weight: Tensor) -> None:
     """Compare our mask with a stable sort of the same data."""
-    got = ours(case, weight)()["w"].numpy()
+    got = ours(case, weight)()["w"].cpu().numpy()
+    weight = weight.cpu()
     if case == "unstructured":
         order = np.argsort(weight.float().abs().numpy().ravel(), kind="stable")
         expected = np.ones(weight.numel(), dtype=bool)
@@ -249,26 +257,51 @@ def check(case: str, weight: Tensor) -> None:
         raise SystemExit(f"{case}: {differing} entries differ from a stable sort")
 
 
-def milliseconds(work: Work) -> float:
-    """Time one call."""
+def synchronize(device: str) -> None:
+    """Wait until the device has done all that it was asked for."""
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def milliseconds(work: Work, device: str) -> float:
+    """Time one call, and what it left to the device."""
+    synchronize(device)
     start = time.perf_counter()
     work()
+    synchronize(device)
     return 1e3 * (time.perf_counter() - start)
 
 
-def peak_megabytes(case: str, entries: int, dtype: str, name: str) -> float:
-    """Run one contender in a process of its own; return what its peak memory grows by."""
+def peak_megabytes(case: str, entries: int, dtype: str, device: str, name: str) -> float | None:
+    """Return what the peak memory grows by: on the CPU in a process of its own."""
+    if device != "cpu":
+        return memory_on_device(PEERS[name][0](case, weight_of(entries, dtype, device)), device)
+    if sys.platform != "linux":
+        return None
     command = [sys.executable, __file__, "--memory-of", name, "--case", case]
     command += ["--entries", str(entries), "--dtype", dtype]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(found.stdout.split()[-1])
 
 
+def memory_on_device(work: Work, device: str) -> float | None:
+    """Return by how many MB one call raises the device's peak memory, with its result."""
+    counts = torch.get_device_module(device)
+    if not hasattr(counts, "max_memory_allocated"):
+        return None
+    work()
+    counts.reset_peak_memory_stats()
+    before = counts.memory_allocated()
+    work()
+    peak: float = (counts.max_memory_allocated() - before) / 1e6
+    return peak
+
+
 def memory_of(case: str, entries: int, dtype: str, name: str) -> float:
     """Return by how many MB one call raises this process's peak."""
     torch.optim.SGD([torch.zeros(1)])  # loads what torch loads with every optimizer
 
-    work = PEERS[name][0](case, weight_of(entries, dtype))
+    work = PEERS[name][0](case, weight_of(entries, dtype, "cpu"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident
     before = _status_kb("VmRSS")
     work()
@@ -280,18 +313,22 @@ def _status_kb(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def run(case: str, entries: int, dtype: str, rounds: int, memory: bool) -> list[dict[str, Any]]:
+def run(
+    case: str, entries: int, dtype: str, device: str, rounds: int, memory: bool
+) -> list[dict[str, Any]]:
     """Time all contenders of a case in alternating rounds."""
-    weight = weight_of(entries, dtype)
+    weight = weight_of(entries, dtype, device)
     check(case, weight)
     names = [name for name, (_, cases) in PEERS.items() if case in cases]
+    if device != "cpu":
+        names = [name for name in names if name not in ON_THE_CPU]
     works = {name: PEERS[name][0](case, weight) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for work in works.values():
         work()
     for _ in range(rounds):
         for name, work in works.items():
-            times[name].append(milliseconds(work))
+            times[name].append(milliseconds(work, device))
     medians = {name: statistics.median(t) for name, t in times.items()}
     mine = medians["purprune.compute_masks"]
     return [
@@ -305,22 +342,22 @@ def run(case: str, entries: int, dtype: str, rounds: int, memory: bool) -> list[
             "max_ms": max(times[name]),
             "of_floor": medians[name] / medians["floor"],
             "of_compute_masks": medians[name] / mine,
-            "peak_mb": peak_megabytes(case, entries, dtype, name)
-            if memory and sys.platform == "linux"
-            else None,
+            "peak_mb": peak_megabytes(case, entries, dtype, device, name) if memory else None,
         }
         for name in names
     ]
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Say what was measured on."""
+    named = getattr(torch.get_device_module(device), "get_device_name", lambda: device)
     packages = ("torch", "numpy", "coremltools")
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return {
+        "device": named(),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
@@ -353,6 +390,7 @@ def main() -> None:
     parser.add_argument("--case", choices=list(PATTERNS))
     parser.add_argument("--entries", type=int, default=4096 * 4096)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--device", default="cpu", help="such as cuda or mps")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
@@ -362,14 +400,14 @@ def main() -> None:
         print(memory_of(args.case, args.entries, args.dtype, args.memory_of))
         return
     console = Console(width=140)
-    where = environment()
+    where = environment(args.device)
     console.print(where)
     cases = [(args.case, args.entries, args.dtype)] if args.case else DEFAULT
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     with (args.out / "masks.jsonl").open("w") as file:
         for case, entries, dtype in cases:
-            for row in run(case, entries, dtype, args.rounds, not args.no_memory):
+            for row in run(case, entries, dtype, args.device, args.rounds, not args.no_memory):
                 rows.append(row)
                 file.write(json.dumps({**where, **row}) + "\n")
             file.flush()

@@ -50,7 +50,7 @@ def medians(works: dict[str, Work], rounds: int) -> dict[str, float]:
         work()
     for _ in range(rounds):
         for name, work in works.items():
-            times[name].append(milliseconds(work))
+            times[name].append(milliseconds(work, "cpu"))
     return {name: statistics.median(t) for name, t in times.items()}
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                   # the three networks, eager
     python benchmarks/training.py --net mlp --rounds 15
+    python benchmarks/training.py --device cuda     # waits for the device after every step
 
 Every contender trains a network of its own from the same weights. The pruner's schedule is over
 before anything is timed: what is left is what every step pays (hooks, gradients, zeros in place).
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from masks import environment, quiet
+from masks import environment, quiet, synchronize
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -146,11 +147,11 @@ CONTENDERS: dict[str, Callable[[nn.Module, Any], Callable[[], None]]] = {
 }
 
 
-def step_of(name: str, net_name: str, compiled: bool) -> Callable[[], None]:
+def step_of(name: str, net_name: str, device: str, compiled: bool) -> Callable[[], None]:
     """Return one training step of a contender."""
     torch.manual_seed(0)
     net, x, make = NETS[net_name]()
-    net.train()
+    net, x = net.train().to(device), x.to(device)
     in_place = name.startswith(("dense", "purprune"))
     optimizer = make(net.parameters()) if in_place else None
     after = CONTENDERS[name](net, optimizer)
@@ -162,14 +163,15 @@ def step_of(name: str, net_name: str, compiled: bool) -> Callable[[], None]:
         call(x).square().mean().backward()
         optimizer.step()
         after()
+        synchronize(device)
 
     return step
 
 
-def run(net: str, rounds: int, inner: int, compiled: bool) -> list[dict[str, Any]]:
+def run(net: str, device: str, rounds: int, inner: int, compiled: bool) -> list[dict[str, Any]]:
     """Time all contenders in alternating rounds of several steps."""
     names = [n for n in CONTENDERS if not compiled or n.startswith(("dense", "purprune"))]
-    steps = {name: step_of(name, net, compiled) for name in names}
+    steps = {name: step_of(name, net, device, compiled) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for step in steps.values():
         for _ in range(5):
@@ -215,18 +217,23 @@ def main() -> None:
     """Run the networks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--net", choices=list(NETS), action="append")
+    parser.add_argument("--device", default="cpu", help="such as cuda or mps")
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--default-malloc", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
     console = Console(width=120)
-    where = {**environment(), "malloc": "default" if args.default_malloc else keep_memory()}
+    where = {
+        **environment(args.device),
+        "malloc": "default" if args.default_malloc else keep_memory(),
+    }
     console.print(where)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for net in args.net or list(NETS):
-        rows += run(net, args.rounds, {"mlp": 2, "transformer": 3, "mnist": 8}[net], args.compile)
+        inner = {"mlp": 2, "transformer": 3, "mnist": 8}[net]
+        rows += run(net, args.device, args.rounds, inner, args.compile)
     with (args.out / "training.jsonl").open("w") as file:
         file.writelines(json.dumps({**where, **row}) + "\n" for row in rows)
     table = Table(title="one training step against the dense one, round by round")

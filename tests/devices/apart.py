@@ -57,6 +57,7 @@ def _register(library: Path) -> None:
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "synchronize": lambda device=None: None,
         "_is_in_bad_fork": lambda: False,
         "manual_seed_all": lambda seed: None,
         "get_amp_supported_dtype": lambda: [torch.float16, torch.bfloat16],
