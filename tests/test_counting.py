@@ -24,7 +24,7 @@ from strategies import DTYPES, any_values, exact_values, members, shapes
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make chunks so small that small tensors have many, in several threads."""
     monkeypatch.setattr(parts, "_CHUNK", 16)
-    monkeypatch.setattr(parts, "_DEVICE_CHUNK", 16)
+    monkeypatch.setattr(parts, "DEVICE_CHUNK", 16)
     monkeypatch.setattr(parts, "_FEW", 4)  # up to 4 ties are remembered, of more it is asked again
     before = torch.get_num_threads()
     torch.set_num_threads(3)
