@@ -115,7 +115,7 @@ def _scaled(
     def divided() -> Tensor:
         found = plain()
         for divisor in divisors():
-            found = found / divisor
+            found = _over(found, divisor)
         return found
 
     return divided
@@ -127,10 +127,15 @@ def _divisors(scores: Tensor, scale: Scale) -> tuple[float, float]:
     largest = float(sizes.amax()) if sizes.numel() else 0.0
     if not largest or scale == "max":
         return largest or 1.0, 1.0
-    sizes /= largest
+    sizes = _over(sizes, largest)
     if scale == "mean":
         return largest, _sum(sizes) / sizes.numel()
     return largest, math.sqrt(_sum(sizes.square_()))
+
+
+def _over(terms: Tensor, divisor: float) -> Tensor:
+    """Divide by a tensor: a number's reciprocal is what CUDA multiplies by, which rounds twice."""
+    return terms / torch.full((), divisor, dtype=terms.dtype, device=terms.device)
 
 
 def _sum(terms: Tensor) -> float:

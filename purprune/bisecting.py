@@ -46,24 +46,18 @@ def all_but_lowest(
         make: how bits become keys.
         among: between which two keys all are.
     """
-    whole = bits.shape
-    if lead == 0:
-        bits, lead = bits.reshape(1, -1), 1
-        prev = None if prev is None else prev.reshape(1, -1)
+    if bits.numel() == 0:
+        return torch.ones(bits.shape, dtype=torch.bool, device=bits.device)
+    if bits.numel() <= DEVICE_CHUNK or lead == 0:
+        return _select_rows(bits, prev, lead, spans, make, among)
     at = max(range(lead), key=bits.shape.__getitem__)
-    rows = max(1, DEVICE_CHUNK * bits.shape[at] // max(bits.numel(), 1))
-
-    def select(part: tuple[slice, ...]) -> Tensor:
-        before = None if prev is None else prev[part]
-        return _select_rows(bits[part], before, lead, spans, make, among)
-
-    if rows >= bits.shape[at]:
-        return select(()).view(whole)
+    rows = max(1, DEVICE_CHUNK * bits.shape[at] // bits.numel())
     keep = torch.empty(bits.shape, dtype=torch.bool, device=bits.device)
     for start in range(0, bits.shape[at], rows):
         part = (slice(None),) * at + (slice(start, start + rows),)
-        keep[part] = select(part)
-    return keep.view(whole)
+        before = None if prev is None else prev[part]
+        keep[part] = _select_rows(bits[part], before, lead, spans, make, among)
+    return keep
 
 
 def _select_rows(
@@ -104,8 +98,8 @@ def _by_shifts(keys: Tensor, kept: Tensor | None, k: int) -> Tensor:
         if kept is not None:
             left, right = kept[:, :-shift], kept[:, shift:]
             left_first = torch.where(left == right, left_first, right)
-        ahead[:, shift:] += left_first
-        ahead[:, :-shift] += ~left_first
+        ahead[:, shift:].add_(left_first)
+        ahead[:, :-shift].add_(~left_first)
     return ahead >= k
 
 
@@ -133,12 +127,10 @@ def _by_halves(keys: Tensor, kept: Tensor | None, k: int, among: tuple[int, int]
         went = _number(~kept)
         fit = went <= k
         go = torch.where(fit, go - went, go)
-    columns = max(1, DEVICE_CHUNK // rows)
-    parts = [slice(start, start + columns) for start in range(0, size, columns)]
 
     def number(compare: Callable[[Tensor, Tensor], Tensor], bound: Tensor) -> Tensor:
         total = torch.zeros_like(go)
-        for part in parts:
+        for part in _parts(size, DEVICE_CHUNK // rows):
             found = compare(keys[:, part], bound.to(keys.dtype))
             if kept is not None:
                 found &= torch.eq(kept[:, part], fit)
@@ -152,7 +144,7 @@ def _by_halves(keys: Tensor, kept: Tensor | None, k: int, among: tuple[int, int]
         low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
     go, kth = go - number(torch.lt, high), high.to(keys.dtype)
     stay = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
-    for part in parts:
+    for part in _parts(size, DEVICE_CHUNK // 4 // rows):  # what is made of each takes ten bytes
         tied, found = keys[:, part] == kth, keys[:, part] >= kth
         if kept is not None:
             ranked = torch.eq(kept[:, part], fit)
@@ -162,6 +154,10 @@ def _by_halves(keys: Tensor, kept: Tensor | None, k: int, among: tuple[int, int]
         stay[:, part] = found ^ (tied & (so_far <= go))
         go = go - so_far[:, -1:]
     return stay
+
+
+def _parts(size: int, columns: int) -> list[slice]:
+    return [slice(start, start + max(1, columns)) for start in range(0, size, max(1, columns))]
 
 
 def _number(flags: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Sums run in float64 (float32 where the device has none) and always in the same order: for each dim
 from the last to the first, halves of the unit are added elementwise until one is left. Threads,
-strides and devices change no bit, since no reduction of a library takes part.
+strides and devices with float64 change no bit, since no reduction of a library takes part.
 """
 
 from __future__ import annotations

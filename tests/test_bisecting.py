@@ -69,10 +69,11 @@ def test_every_way_keeps_all_but_the_first_k(way: str, word: torch.dtype, data: 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(data=st.data())
 def test_other_devices_select_what_the_cpu_selects(layout: str, data: st.DataObject):
-    """Defends chunks along any dim, ragged tails, signs and -0, for every dtype."""
-    shape = data.draw(st.lists(st.integers(1, 9), min_size=3, max_size=3))
-    w = data.draw(weights(st.just(shape)))
+    """Defends chunks along any dim, ragged tails, empty tensors, signs and -0, for every dtype."""
     (order, lead, _), size = LAYOUTS[layout]
+    longest = [40 if size == 17 and dim == order[-1] else 6 for dim in range(3)]
+    shape = [data.draw(st.integers(0, n)) for n in longest]
+    w = data.draw(weights(st.just(shape)))
     fitted = Layout(order, lead, size)
     columns = math.prod(shape[d] for d in order[lead:])
     spans = [Span(*span, data.draw(st.integers(0, span[2]))) for span in fitted.spans(columns)]
@@ -97,3 +98,27 @@ def test_nan_is_found_by_other_devices(dtype: torch.dtype):
         w[-1] = value
         with pytest.raises(NaNError):
             _by_bisecting(bits, layout, spans, None, KeyMaker(False, infinity))
+
+
+@pytest.mark.parametrize(
+    ("units", "group", "sorted_up_to", "way"),
+    [(60, 4, 8, "_by_shifts"), (60, 20, 60, "_by_sort"), (60, 20, 8, "_by_halves")],
+)
+def test_groups_and_tensors_of_every_size_have_their_way(
+    monkeypatch: pytest.MonkeyPatch, units: int, group: int, sorted_up_to: int, way: str
+):
+    """Defends the tests above against sizes that never reach what they are for."""
+    monkeypatch.setattr(bisecting, "DEVICE_CHUNK", 64)
+    monkeypatch.setattr(bisecting, "_SORT_UP_TO", sorted_up_to)
+    called = []
+    for name in ("_by_shifts", "_by_sort", "_by_halves"):
+        real = getattr(bisecting, name)
+        monkeypatch.setattr(
+            bisecting, name, lambda *a, name=name, real=real: called.append(name) or real(*a)
+        )
+    bits = torch.arange(units, dtype=torch.int32).view(3, -1)
+    spans = [Span(0, units // 3, group, group // 2)]
+    make = KeyMaker(False, None)
+    keep = _by_bisecting(bits, Layout((0, 1), 1, group), spans, None, make)
+    assert set(called) == {way}
+    assert int(keep.sum()) == units // 2

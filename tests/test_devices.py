@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,18 +12,18 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 
 
-def _compiles() -> bool:
-    return shutil.which(os.environ.get("CXX", "c++")) is not None and sys.platform == "linux"
-
-
-@pytest.mark.skipif(not _compiles(), reason="the device for tests is built by a C++ compiler")
-def test_masks_and_training_on_another_device():
+@pytest.mark.skipif(sys.platform != "linux", reason="the device for tests is built on Linux only")
+@pytest.mark.skipif(not shutil.which(COMPILER[0]), reason="there is no C++ compiler")
+def test_masks_and_training_on_another_device(tmp_path: Path):
     """Defends every path for CUDA and MPS, as far as a machine without them can."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    options = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(TESTS / "devices")],
-        env={**os.environ, "PURPRUNE_TEST_DEVICE": "apart"},
+        [sys.executable, "-m", "pytest", *options, str(TESTS / "devices")],
+        env={**own, "PURPRUNE_TEST_DEVICE": "apart", "PYTHONDONTWRITEBYTECODE": "1"},
         cwd=TESTS.parent,
         text=True,
         stdout=subprocess.PIPE,

@@ -1,6 +1,7 @@
 // A device for tests: tensors on it lie in the host's memory, but are no CPU tensors. numpy can't read
 // them, an operation that mixes them with CPU tensors raises, and memory is counted, as on a GPU.
-// What has no kernel here is computed on copies by the CPU, so that it gives the CPU's bits.
+// What has no kernel here is computed on copies by the CPU, so that it gives the CPU's bits. Division by
+// a number is not: as CUDA does, it multiplies by the reciprocal, which rounds twice.
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
@@ -83,6 +84,7 @@ const bool registered = [] {
 }();
 
 at::Tensor on_host(const at::Tensor& tensor) {
+  TORCH_CHECK(!tensor.is_neg() && !tensor.is_conj(), "negative and conjugate views: resolve them");
   if (tensor.device().type() != kApart) return tensor;
   return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), [tensor](void*) {},
                        tensor.options().device(at::kCPU).requires_grad(false));
@@ -155,6 +157,7 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias, c10::SymIntArrayRef stride,
                        c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
                        c10::SymIntArrayRef output_padding, c10::SymInt groups) {
+  TORCH_CHECK(weight.device() == input.device(), "a convolution on two devices");
   std::optional<at::Tensor> host_bias;
   if (bias && bias->defined()) host_bias = on_host(*bias);
   return at::convolution_symint(on_host(input), on_host(weight), host_bias, stride, padding,
@@ -167,6 +170,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
     c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
     bool transposed, c10::SymIntArrayRef output_padding, c10::SymInt groups,
     std::array<bool, 3> wanted) {
+  TORCH_CHECK(weight.device() == input.device(), "a convolution on two devices");
   const std::vector<c10::SymInt> bias = {weight.sym_size(transposed ? 1 : 0) *
                                          (transposed ? groups : c10::SymInt(1))};
   auto found = at::convolution_backward_symint(
@@ -193,8 +197,53 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", set_storage);
 }
 
+void refuse_other_devices(const at::Tensor& tensor, const std::string& name) {
+  TORCH_CHECK(!tensor.defined() || tensor.dim() == 0 || tensor.device().type() == kApart,
+              "Expected all tensors to be on the same device in ", name, "; got ", tensor.device());
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& name = op.schema().name();
+  for (const auto& value : torch::jit::last(stack, op.schema().arguments().size())) {
+    if (value.isTensor()) {
+      refuse_other_devices(value.toTensor(), name);
+    } else if (value.isTensorList()) {
+      for (const at::Tensor& tensor : value.toTensorVector()) refuse_other_devices(tensor, name);
+    }  // lists of optional tensors are indices, which may be the CPU's
+  }
   at::native::cpu_fallback(op, stack);
+}
+
+bool is_number(const at::Tensor& tensor) {
+  return tensor.dim() == 0 && tensor.device().type() == at::kCPU;
+}
+
+at::Tensor& quotient_into(const at::Tensor& self, const at::Tensor& other, at::Tensor& out) {
+  refuse_other_devices(other, "aten::div");
+  at::Tensor quotient;
+  if (is_number(other) && self.is_floating_point()) {
+    quotient = on_host(self).mul(at::ones({}, self.options().device(at::kCPU)).div(other));
+  } else {
+    quotient = at::div(on_host(self), on_host(other));
+  }
+  if (!out.defined()) return out = quotient.to(c10::Device(kApart, 0));
+  out.resize_(quotient.sizes());
+  return out.copy_(quotient);
+}
+
+at::Tensor quotient_of(const at::Tensor& self, const at::Tensor& other) {
+  at::Tensor out;
+  return quotient_into(self, other, out);
+}
+
+at::Tensor& quotient_in_place(at::Tensor& self, const at::Tensor& other) {
+  return quotient_into(self, other, self);
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+  m.impl("div.Tensor", quotient_of);
+  m.impl("div_.Tensor", quotient_in_place);
+  m.impl("div.out", quotient_into);
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {

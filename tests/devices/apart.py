@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -14,7 +15,6 @@ import types
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import include_paths, library_paths
 
 NAME = "apart"
 _SOURCE = Path(__file__).with_name("apart.cpp")
@@ -28,20 +28,27 @@ def device_for_tests(folder: Path) -> str:
     return name
 
 
-def compiler() -> str | None:
-    """Return the C++ compiler that builds the device."""
-    return shutil.which(os.environ.get("CXX", "c++"))
+def compiler() -> list[str] | None:
+    """Return the command of the C++ compiler that builds the device; None: there is none."""
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    return command if command and shutil.which(command[0]) else None
 
 
 def _built(folder: Path) -> Path:
-    """Return the library, which is built once for each torch."""
-    told_apart = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    """Return the library, which is built once for each torch and compiler."""
+    from torch.utils.cpp_extension import include_paths, library_paths  # needs setuptools
+
+    command = compiler()
+    if command is None:
+        raise RuntimeError("Expected a C++ compiler to build the device for tests; set CXX.")
+    command += ["-O1", "-std=c++20", "-shared", "-fPIC", str(_SOURCE)]
+    known = [_SOURCE.read_text("utf-8"), torch.__version__, *command]
+    told_apart = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
     library = folder / f"{NAME}-{told_apart}.so"
     if library.exists():
         return library
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         fresh = Path(unfinished) / library.name
-        command = [str(compiler()), "-O1", "-std=c++20", "-shared", "-fPIC", str(_SOURCE)]
         command += [f"-I{path}" for path in include_paths()]
         command += [f"-L{path}" for path in library_paths()]
         subprocess.run([*command, "-lc10", "-ltorch_cpu", "-o", str(fresh)], check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import apart
 import pytest
@@ -10,10 +11,10 @@ import torch
 
 
 @pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> str:
+def device(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the device; the one that is built here needs a C++ compiler."""
-    assert request.config.cache is not None
-    return apart.device_for_tests(request.config.cache.mkdir("device"))
+    folder = os.environ.get("PURPRUNE_TEST_DEVICE_CACHE")
+    return apart.device_for_tests(Path(folder) if folder else tmp_path_factory.mktemp("device"))
 
 
 @pytest.fixture(scope="session")

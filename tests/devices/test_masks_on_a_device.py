@@ -14,9 +14,12 @@ from torch.utils._pytree import tree_map_only
 
 from purprune import (
     NM,
+    Block,
     Channel,
+    GlobalGroup,
     NaNError,
     Pattern,
+    PruneConfig,
     Rule,
     Unstructured,
     apply_masks,
@@ -194,3 +197,40 @@ def test_searches_and_reconstruction_give_what_they_give_on_the_cpu(device: str)
     there = sparsegpt(weight.to(device), hessian.to(device), NM(2, 4))
     for found, expected in zip(there, sparsegpt(weight, hessian, NM(2, 4)), strict=True):
         torch.testing.assert_close(found.cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda there, here: there + here,
+        lambda there, here: torch.where(there > 0, there, here),
+        lambda there, here: torch.cat([there, here]),
+        lambda there, here: there @ here.T,
+        lambda there, here: there.masked_fill(here > 0, 0),
+        lambda there, here: here.copy_(there).numpy() @ there.numpy(),
+    ],
+)
+def test_tensors_of_two_devices_do_not_mix(device: str, mixed: Any) -> None:
+    """Defends all other tests here: what mixes devices raises, as on a GPU."""
+    here = torch.randn(3, 3)
+    with pytest.raises((RuntimeError, TypeError), match=r"device|numpy"):
+        mixed(here.to(device), here)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,), (2, 0, 3)])
+@pytest.mark.parametrize("pattern", [Unstructured(), Channel(), NM(2, 4, dim=0), Block(2)], ids=str)
+def test_empty_tensors_have_empty_masks(device: str, shape: tuple[int, ...], pattern) -> None:
+    """Defends groups without units."""
+    params = {"w": torch.zeros(shape)}
+    config = PruneConfig().set_module_name("w", Rule(target_of(pattern, 0.5), pattern=pattern))
+    expected = compute_masks(params, 0, config)
+    assert same(compute_masks(to(device, params), 0, config), expected, device)
+
+
+def test_scales_of_tensors_are_divided_by_as_on_the_cpu(device: str) -> None:
+    """Defends ties of normalized scores: 49 * (1 / 49) is less than 1."""
+    params = {"a": torch.ones(1, 2), "b": torch.full((1, 2), 49.0)}
+    rule = Rule(0.5, pattern=Unstructured(scope=GlobalGroup(normalize="max")))
+    expected = compute_masks(params, 0, rule)
+    assert expected["b"].all()
+    assert same(compute_masks(to(device, params), 0, rule), expected, device)
