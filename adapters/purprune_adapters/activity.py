@@ -15,6 +15,8 @@ from purprune_adapters.inplace import zero_pruned_
 _SKIPPED = 16
 """So many steps in a row a GradScaler may skip while it halves its first scale, 2 ** 16."""
 _ROWS = 16
+_EARLY = 3
+"""Calls in a row that tell of a wrong order: one or two may be of weights that were loaded."""
 
 
 def untrained(calls: int) -> str:
@@ -23,6 +25,16 @@ def untrained(calls: int) -> str:
         f"step() was called {calls} times, but no pruned weight ever changed in between. Is the "
         f"optimizer made from the parameters of the model that prepare() returned? It is a copy "
         f"unless inplace=True."
+    )
+
+
+def too_early(calls: int) -> str:
+    """Return the warning of a pruner that steps before the optimizer does."""
+    return (
+        f"step() was called {calls} times between the backward pass and optimizer.step(). Call it "
+        f"after optimizer.step(): pruned weights that momentum moves are dense until the next "
+        f"forward pass, and in a checkpoint. An optimizer that is attached, Pruner(..., "
+        f"optimizer=optimizer), leaves zeros in any order."
     )
 
 
@@ -40,6 +52,7 @@ class Activity:
         self._rows: dict[str, Tensor] = {}
         self._probe: dict[str, Tensor] = {}
         self._warned = False
+        self._early = 0
 
     def start(self, params: Mapping[str, Tensor]) -> None:
         """Remember the parameters as training finds them."""
@@ -54,9 +67,18 @@ class Activity:
         """Tell whether a parameter was written to since step() left it."""
         return _versions(params) != self._left
 
-    def count(self, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-        """Count one call of step(), and warn once when all or most of them find nothing new."""
+    def count(
+        self, params: Mapping[str, Tensor], masks: Mapping[str, Tensor], at_gradient: bool
+    ) -> None:
+        """Count one call of step(), and warn once when all or most of them find nothing new.
+
+        With ``at_gradient`` nobody wrote to the weights since their gradients came: what moved them
+        since the last call came before the backward pass, as in the wrong order of two steps.
+        """
         moved = self.has_moved(params)
+        self._early = self._early + 1 if moved and at_gradient else 0
+        if self._early == _EARLY:
+            warnings.warn(too_early(self._early), stacklevel=5)
         self.moved, self.still = self.moved + moved, self.still + (not moved)
         if self._warned or self.still <= _SKIPPED or self.still < self.moved:
             return

@@ -36,6 +36,9 @@ class Seen(NamedTuple):
         return same and self.state == state_of(tensor)
 
 
+_KNOWN = ("_clean", "_clean_gradients", "_at_gradient", "_hooked")
+
+
 class MaskStore:
     """Masks by parameter name, and which parameters are known to be masked as they stand now."""
 
@@ -51,6 +54,7 @@ class MaskStore:
         self._hooked: dict[str, tuple[weakref.ref[Tensor], Any]] = {}
         self._clean: dict[str, Seen] = {}
         self._clean_gradients: dict[str, Seen] = {}
+        self._at_gradient: dict[str, set[tuple[int, ...]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is known of parameters: a copy has parameters of its own.
@@ -58,7 +62,7 @@ class MaskStore:
         Masks that pass would write zeros into a copy, such as an average, that has none there.
         """
         lasting = {name: mask for name, mask in self.masks.items() if name not in self.passing}
-        known: dict[str, Any] = {"_clean": {}, "_clean_gradients": {}, "_hooked": {}}
+        known: dict[str, Any] = {what: {} for what in _KNOWN}
         return {**self.__dict__, **known, "masks": lasting}
 
     def renew(self, masks: Mapping[str, Tensor]) -> None:
@@ -95,6 +99,19 @@ class MaskStore:
         if grad is not None and self.is_for(name, grad) and grad.layout is torch.strided:
             write_zeros_(grad, self.mask_for(name, grad))
             self._clean_gradients[name] = Seen.of(grad)
+            states = self._at_gradient.setdefault(name, set())
+            if len(states) < 2:  # which tells as much as more, if nobody asks for long
+                states.add(state_of(param))
+
+    def are_as_at_gradient(self, params: Mapping[str, Tensor]) -> bool:
+        """Tell whether all gradients since this was asked last came to the weights of now.
+
+        Closures of an optimizer bring gradients to several weights.
+        """
+        found, self._at_gradient = self._at_gradient, {}
+        return bool(found) and all(
+            states == {state_of(params[name])} for name, states in found.items()
+        )
 
     def has_masked_gradient(self, name: str, param: Tensor) -> bool:
         """Tell whether the gradient was masked, and nobody wrote to it since."""

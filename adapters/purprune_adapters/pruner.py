@@ -264,7 +264,8 @@ class Pruner:
             if not has_stepped and self._activity.has_moved(params):
                 refuse_another_optimizer(params)
         # Its warning may be an error: nothing is changed yet.
-        self._activity.count(params, self._store.masks)
+        early = self._store.are_as_at_gradient(params) and self._keeper is None
+        self._activity.count(params, self._store.masks, early)
         step = self._step + 1
         due = {name: rule for name, rule in self._rules.items() if rule.changes_at(step)}
         if due:

@@ -312,6 +312,45 @@ def test_a_training_with_a_fused_optimizer_is_seen(fused: bool):
     pruner.finalize()  # a warning is an error here
 
 
+def test_step_before_the_optimizers_is_warned_of():
+    """Defends weights that momentum leaves dense: only the next forward pass would mask them."""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    pruner = Pruner(model, Rule(0.5, PolynomialDecay([2, 4, 6])))
+    pruner.prepare(inplace=True)
+
+    def run(steps: range) -> None:
+        for step in steps:
+            x, y = batch(step)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            pruner.step()
+            optimizer.step()
+
+    run(range(3))  # the first finds nothing moved
+    with pytest.warns(UserWarning, match=r"between the backward pass and optimizer\.step\(\)"):
+        run(range(3, 4))
+    run(range(4, 8))  # once is enough
+    assert not bool((model[0].weight[~pruner.masks["0.weight"]] == 0).all())
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_forward_pass_between_the_two_steps_is_no_reason_to_warn(attached: bool):
+    """Defends validation before step(), and an attached optimizer in any order."""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    pruner = Pruner(model, Rule(0.5), optimizer=optimizer if attached else None)
+    pruner.prepare(inplace=True)
+    for step in range(8):
+        if attached:
+            pruner.step()
+        train_step(model, optimizer, step)
+        if not attached:
+            model(batch(step)[0])
+            pruner.step()
+    assert bool((model[0].weight[~pruner.masks["0.weight"]] == 0).all())
+
+
 def test_lifecycle_mistakes_get_a_clear_word():
     """Defends the order of calls."""
     pruner = Pruner(net(), Rule(0.8, PolynomialDecay([0, 10])))
