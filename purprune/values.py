@@ -101,7 +101,10 @@ class FrozenDict(dict[str, T]):
         return FrozenDict, (dict(self),)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("Configs are values: set_module_name and the like return a new one.")
+        raise TypeError(
+            "Expected a mapping that stays as it is; got a change. Change dict(...) of it; of a "
+            "config, set_module_name and the like return a new one."
+        )
 
     __setitem__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = _refuse

@@ -6,17 +6,19 @@ for, and :func:`purprune_adapters.html_report.write_html` makes a page of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from purprune import Count
+from purprune.errors import near_misses
 from purprune.tables import skipped_text, text_table
 from purprune.totals import sparsities_at
+from purprune.values import FrozenDict
 from purprune_adapters.distributed import counted
 from purprune_adapters.extras import data_frame
 from purprune_adapters.targets import Targets
@@ -57,8 +59,11 @@ class ReportRow:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What is pruned now, and why the rest is not."""
+class Report(Mapping[str, ReportRow]):
+    """What is pruned now, and why the rest is not: the rows by parameter name.
+
+    It iterates over names, as a dict does; two reports are equal where all fields are.
+    """
 
     phase: str
     """"new", "prepared" or "finalized"."""
@@ -75,12 +80,24 @@ class Report:
             sum(row.weight.zeros for row in self.rows), sum(row.weight.entries for row in self.rows)
         )
 
+    @cached_property
+    def _by_name(self) -> Mapping[str, ReportRow]:
+        return FrozenDict({row.name: row for row in self.rows})
+
     def __getitem__(self, name: str) -> ReportRow:
         """Return the row of a parameter."""
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(f"Expected a pruned parameter; got {name!r}.")
+        if name not in self._by_name:
+            near = near_misses(str(name), self._by_name)
+            raise KeyError(f"Expected a pruned parameter; got {name!r}.{near}")
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the pruned parameters."""
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        """Return how many parameters are pruned."""
+        return len(self._by_name)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts, lists, texts and numbers."""
@@ -188,7 +205,7 @@ def report_of(
         for name, rule in targets.rules.items()
     ]
     entries = sum(param.numel() for param in targets.model.parameters())
-    return Report(phase, step, entries, tuple(rows), MappingProxyType(dict(skipped)))
+    return Report(phase, step, entries, tuple(rows), FrozenDict(skipped))
 
 
 def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, int]:

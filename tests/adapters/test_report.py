@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import io
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -75,6 +79,46 @@ def test_the_data_frame_has_a_row_for_each_parameter():
     assert frame.zero.tolist() == [0.5, 0.5]
     empty = Report("new", 0, 0, (), {})
     assert len(empty.to_pandas()) == 0
+
+
+def test_a_report_is_a_mapping_of_names_to_rows():
+    """Defends `name in report` and dict(report), and a name that is nearly right."""
+    found = report(PruneConfig().set_global(Rule(0.5)))
+    assert list(found) == list(found.keys()) == ["0.weight", "1.weight"]
+    assert len(found) == 2
+    assert "0.weight" in found
+    assert "0.bias" not in found
+    assert 0 not in found
+    assert dict(found) == {row.name: row for row in found.rows}
+    assert found.get("0.bias") is None
+    with pytest.raises(KeyError, match=r"got '0\.wieght'\. Did you mean '0\.weight'"):
+        found["0.wieght"]
+
+
+def saved_and_loaded(value: object) -> object:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda one: pickle.loads(pickle.dumps(one)), copy.deepcopy, saved_and_loaded]
+)
+def test_a_report_is_a_value_that_is_copied_and_saved(copied):
+    """Defends reports in checkpoints and from other processes, and what is skipped in them."""
+    config = PruneConfig().set_global(Rule(0.5)).set_module_name("1", None)
+    found = report(config)
+    assert len(found.skipped) == 3
+    again = copied(found)
+    assert again == found == report(config)
+    assert hash(again) == hash(found)
+    assert again != report(Rule(0.5))
+    assert dataclasses.asdict(found)["skipped"] == found.skipped
+    with pytest.raises(TypeError, match=r"stays as it is; got a change\. Change dict\(\.\.\.\)"):
+        again.skipped["1.weight"] = ""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.step = 1
 
 
 def exported() -> ExportReport:
