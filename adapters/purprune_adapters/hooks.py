@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from purprune.values import FrozenDict
 from purprune_adapters.distributed import brought, is_sharded, local
 from purprune_adapters.inplace import zero_pruned_
 
@@ -34,6 +36,14 @@ class Seen(NamedTuple):
         """Tell whether this is the tensor, not written to, thawed or given other memory since."""
         same = self.tensor() is tensor and self.trained is tensor.requires_grad
         return same and self.state == state_of(tensor)
+
+
+class Masks(FrozenDict[Tensor]):
+    """Masks by parameter name, which nobody can set or remove."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy as a ``state_dict`` of torch, which ``weights_only=True`` loads."""
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 _KNOWN = ("_clean", "_clean_gradients", "_at_gradient", "_hooked")

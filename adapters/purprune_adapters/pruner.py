@@ -6,7 +6,6 @@ import copy
 import uuid
 import warnings
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from purprune_adapters.checks import (
 from purprune_adapters.distributed import reshard
 from purprune_adapters.floors import floor_of_zeros, given_floor
 from purprune_adapters.hooks import (
+    Masks,
     MaskStore,
     add_forward_hooks,
     remove_forward_hooks,
@@ -184,8 +184,12 @@ class Pruner:
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
-        """The masks in force by parameter name, True = keep; empty before :meth:`prepare`."""
-        return MappingProxyType(self._store.masks)
+        """The masks in force now by parameter name, True = keep; empty before :meth:`prepare`.
+
+        Later steps change nothing in it: ask again for theirs. It can be copied, and saved so
+        that ``torch.load`` takes it with ``weights_only=True``.
+        """
+        return Masks(self._store.masks)
 
     def plan(self, step: int | None = None) -> Plan:
         """Return what the config prunes at a step (None: at the end), in integers."""

@@ -6,6 +6,7 @@ import builtins
 import copy
 import io
 import math
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -540,3 +541,38 @@ def test_assert_sparse_names_the_parameter_and_the_number():
         assert_sparse(model, {"2.weight": masks["1.weight"]})
     with pytest.raises(ValueError, match=r"shape \(2, 4\) for '0.weight'"):
         assert_sparse(model, {"0.weight": masks["1.weight"]})
+
+
+def torch_saved(masks: object) -> Any:
+    file = io.BytesIO()
+    torch.save({"masks": masks}, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)["masks"]
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda masks: pickle.loads(pickle.dumps(masks)), copy.deepcopy, torch_saved]
+)
+def test_the_masks_in_force_are_copied_and_saved(copied):
+    """Defends masks in checkpoints and other processes: a view of the pruner's own is no value."""
+    _, _, pruner = trained(3)
+    again = copied(pruner.masks)
+    assert list(again) == list(pruner.masks) == ["0.weight", "3.weight"]
+    for name, mask in pruner.masks.items():
+        assert torch.equal(again[name], mask)
+        again[name].fill_(False)
+        assert bool(mask.any())
+
+
+def test_masks_that_were_asked_for_stay_and_cannot_be_set():
+    """Defends a pruner against other masks behind its back, and what was asked for before."""
+    model, optimizer, pruner = trained(1)
+    masks = pruner.masks
+    before = {name: mask.clone() for name, mask in masks.items()}
+    train(model, optimizer, pruner, range(1, 4))
+    assert not torch.equal(pruner.masks["0.weight"], before["0.weight"])
+    assert all(torch.equal(masks[name], mask) for name, mask in before.items())
+    for change in (lambda: masks.update(before), lambda: masks.pop("0.weight")):
+        with pytest.raises(TypeError, match="stays as it is"):
+            change()
+    assert Pruner(net(), CONFIG).masks == {}
