@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from purprune.patterns import NM, Block, Channel, Kernel, Pattern, Unstructured
@@ -59,12 +60,20 @@ def fold_coremltools_keys(keys: dict[str, Any]) -> dict[str, Any]:
         return keys
     if "pattern" in keys:
         raise ValueError(f"expected pattern or {', '.join(flat)}; got both.")
-    if flat.get("dim") and "n_m_ratio" not in flat:
-        raise ValueError(
-            f"expected dim with n_m_ratio only, as coremltools documents it; got dim={flat['dim']} "
-            "without. For channels along another dim give pattern=Channel(dim=...), in a dict "
-            "{'unit': {'kind': 'channel', 'dim': ...}}."
-        )
+    _refuse_idle_dim(flat)
     if flat.get("n_m_ratio") is not None and keys.get("target_sparsity") == DEFAULT_TARGET:
         del keys["target_sparsity"]  # coremltools writes its default here and ignores it
     return {**keys, "pattern": CoremltoolsKeys(**flat).pattern()}
+
+
+def _refuse_idle_dim(flat: Mapping[str, Any]) -> None:
+    """Raise for a dim without n_m_ratio, which would count for nothing."""
+    if flat.get("dim") is None or flat.get("n_m_ratio") is not None:
+        return
+    if flat["dim"] == 1 and "n_m_ratio" in flat:
+        return  # coremltools writes out both of its defaults
+    raise ValueError(
+        f"expected dim with n_m_ratio only, as coremltools documents it; got dim={flat['dim']} "
+        "without. For channels along a dim give pattern=Channel(dim=...), in a dict "
+        "{'unit': {'kind': 'channel', 'dim': ...}}."
+    )
