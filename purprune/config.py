@@ -142,8 +142,15 @@ class PruneConfig:
 
         Raises:
             ConfigError: when the file is no YAML, names a key twice, or holds impossible values.
+            OSError: when there is no such file, or it is a folder.
         """
-        return cls.from_dict(read_yaml(source))
+        config = read_yaml(source)
+        if config is None:
+            raise ConfigError(
+                f"Expected a dict of config keys in {_named(source)}; it is empty. Write for "
+                "instance global_config: {target_sparsity: 0.8}."
+            )
+        return cls.from_dict(config)
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -156,14 +163,29 @@ def read_yaml(source: str | os.PathLike[str] | IO[Any]) -> Any:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    if not hasattr(source, "read") and not Path(source).is_file():
-        raise FileNotFoundError(f"Expected the file {os.fspath(source)}; it is not there.")
-    text = source.read() if hasattr(source, "read") else Path(source).read_bytes()
+    text = source.read() if hasattr(source, "read") else _read(Path(source))
     stream = io.BytesIO(text) if isinstance(text, bytes) else io.StringIO(text)
     try:
         return YAML(typ="safe", pure=True).load(stream)
     except YAMLError as error:
-        raise ConfigError(f"Expected YAML in {source!s}; got an error: {error}") from None
+        raise ConfigError(f"Expected YAML in {_named(source)}; got an error: {error}") from None
+
+
+def _read(path: Path) -> bytes:
+    """Read a file, or a pipe such as ``/dev/stdin``, which is no regular file."""
+    if not path.exists():
+        raise FileNotFoundError(f"Expected the file {path}; it is not there.")
+    if path.is_dir():
+        raise IsADirectoryError(f"Expected a YAML file; got the folder {path}. Name a file in it.")
+    return path.read_bytes()
+
+
+def _named(source: str | os.PathLike[str] | IO[Any]) -> str:
+    """Name a file, or the stream by its name if it has one."""
+    if not hasattr(source, "read"):
+        return os.fspath(source)
+    name = getattr(source, "name", None)
+    return name if isinstance(name, str) else "the stream"
 
 
 def _set(

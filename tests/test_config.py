@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import pickle
 from fractions import Fraction
 
@@ -78,6 +79,7 @@ def test_a_full_dump_of_a_coremltools_config_is_taken_as_it_stands():
     nm = {**dumped, "n_m_ratio": [1, 4], "scheduler": {"update_steps": "range(0, 9, 3)"}}
     rule = PruneConfig.from_dict({"global_config": nm}).global_config
     assert rule == Rule(schedule=PolynomialDecay([0, 3, 6]), pattern=NM(1, 4), param_name="weight")
+    assert Rule(**{**dumped, "dim": None}) == Rule(0.5, param_name="weight")
     channel = {**dumped, "granularity": "per_channel"}
     assert PruneConfig.from_dict({"global_config": channel}).global_config.pattern == Channel(0)
 
@@ -102,7 +104,8 @@ def test_yaml_is_read_from_a_path_and_from_a_stream(tmp_path):
         ("a: 1\na: 2\n", "duplicate key"),
         ("global_config: [", "Expected YAML"),
         ("- 1\n", "dict of config keys; got list"),
-        ("", "dict of config keys; got NoneType"),
+        ("", r"keys in the stream; it is empty\. Write for instance global_config: {target_spars"),
+        ("# later\n", "it is empty"),
         ("global_config: {target: 0.5}\n", "unknown key 'target'"),
     ],
 )
@@ -132,6 +135,10 @@ def test_bad_yaml_raises(text, says):
         ({"n_m_ratio": [2.0, 4.0]}, "valid integer"),
         ({"granularity": "per_layer"}, "per_scalar"),
         ({"granularity": "per_channel", "dim": 1}, r"pattern=Channel\(dim=...\)"),
+        ({"granularity": "per_channel", "dim": 0}, r"got dim=0 without.*Channel\(dim=...\)"),
+        ({"dim": 0}, "expected dim with n_m_ratio only"),
+        ({"dim": 0, "n_m_ratio": None}, "expected dim with n_m_ratio only"),
+        ({"dim": 2, "n_m_ratio": None}, "expected dim with n_m_ratio only"),
         ({"block_size": 0}, "block extents >= 1"),
         ({"block_size": 1.5}, "valid integer"),
         ({"scheduler": {"update_steps": [0.5]}}, "whole update steps"),
@@ -267,6 +274,30 @@ def test_a_config_that_is_not_there_is_told_by_its_path(tmp_path):
     """Defends against `[Errno 2]`."""
     with pytest.raises(FileNotFoundError, match=r"Expected the file .*no\.yaml; it is not there\."):
         PruneConfig.from_yaml(tmp_path / "no.yaml")
+    with pytest.raises(IsADirectoryError, match=f"Expected a YAML file; got the folder {tmp_path}"):
+        PruneConfig.from_yaml(str(tmp_path))
+
+
+def test_an_empty_config_is_told_by_its_path_or_the_name_of_its_stream(tmp_path):
+    """Defends a file that was never written, and the one that says what to write."""
+    path = tmp_path / "c.yaml"
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"in .*c\.yaml; it is empty\. Write .*global_config"):
+        PruneConfig.from_yaml(path)
+    with path.open() as file, pytest.raises(ConfigError, match=r"in .*c\.yaml; it is empty"):
+        PruneConfig.from_yaml(file)
+    path.write_text("a: [")
+    with path.open() as file, pytest.raises(ConfigError, match=r"YAML in .*c\.yaml; got an error"):
+        PruneConfig.from_yaml(file)
+
+
+def test_a_config_is_read_from_a_pipe():
+    """Defends `--config <(...)` and /dev/stdin: a pipe is there, but is no regular file."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as _:
+        with os.fdopen(writing, "w") as pipe:
+            pipe.write("global_config: {target_sparsity: 0.8}")
+        assert PruneConfig.from_yaml(f"/dev/fd/{reading}") == PruneConfig(Rule(0.8))
 
 
 def test_setting_a_rule_returns_a_new_config_and_leaves_the_old_one():
