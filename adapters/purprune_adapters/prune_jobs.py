@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from purprune import PruneConfig, Rule, plan
+from purprune import ConfigError, PruneConfig, Rule, plan
 from purprune.config import as_config
+from purprune.scores import needs_of
 from purprune.selection import select
 from purprune_adapters.checkpoints import Checkpoint, is_safetensors
 from purprune_adapters.places import check_folder
@@ -81,7 +82,20 @@ def new_job(
     plan(checkpoint, config, step)  # so that what does not fit is refused before anything is made
     layouts = {file: read_layout(file) for file in dict.fromkeys(checkpoint.files().values())}
     rules = select(config, checkpoint.shapes()).rules
+    _refuse_statistics(rules)
     return Job(source, place, masks, step, config, rules, checkpoint, layouts)
+
+
+def _refuse_statistics(rules: Mapping[str, Rule]) -> None:
+    """Raise for a score that reads more than the weights, which is all that a checkpoint has."""
+    for name, rule in rules.items():
+        if needs := needs_of(rule.score):
+            raise ConfigError(
+                f"Expected a score that needs weights alone, since a checkpoint has no statistics; "
+                f"that of {name!r} needs {' and '.join(map(repr, needs))}. In Python, with the "
+                f"model: compute_masks(..., stats=collect_stats(...)), or prune_layerwise for "
+                f"scores of inputs."
+            )
 
 
 def refuse_place(job: Job, *, overwrite: bool) -> None:

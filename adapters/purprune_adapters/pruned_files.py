@@ -74,7 +74,8 @@ def prune_checkpoint(
     rule keep every bit. Other files of a folder (configs, tokenizers) are copied. In memory are
     three tensors, mapped, and two masks. The result is made in a hidden folder beside
     ``destination`` and renamed at the end. A call with the same arguments goes on where a killed
-    one stopped: files that were whole are checked by the CRC-32 of each tensor and kept.
+    one stopped: files that were whole are checked by the CRC-32 of each tensor and kept. A run
+    that fails before a file is whole leaves nothing behind.
 
     Args:
         source: a ``.safetensors`` file, an index, or a folder, as :class:`Checkpoint` takes them.
@@ -88,7 +89,8 @@ def prune_checkpoint(
 
     Raises:
         FileExistsError: there is something at ``destination``, or a run of another job.
-        ConfigError, SelectionError, NaNError: as :func:`purprune.compute_masks` does.
+        ConfigError, SelectionError, NaNError: as :func:`purprune.compute_masks` does, and for a
+            score that needs statistics.
         OSError: a file can't be read or written, or the disk has too little room.
     """
     job = new_job(
@@ -98,13 +100,14 @@ def prune_checkpoint(
     work = Unfinished(job.place.with_name(f".{job.place.name}.purprune"))
     with work.alone():
         done = work.begin(job.described(), restart=restart)
-        refuse_full(job, work.folder)
-        work.result.mkdir(exist_ok=True)
-        try:
-            facts, resumed = _shards(job, work, done, progress or (lambda what, size: None))
-        except NaNError:
-            work.remove()  # the checkpoint has to change first
-            raise
+        with work.removed_if_nothing_is_done():
+            refuse_full(job, work.folder)
+            work.result.mkdir(exist_ok=True)
+            try:
+                facts, resumed = _shards(job, work, done, progress or (lambda what, size: None))
+            except NaNError:
+                work.remove()  # the checkpoint has to change first
+                raise
         refuse_place(job, overwrite=overwrite)  # it took a while: what is there now?
         return _finished(job, work, facts, resumed)
 

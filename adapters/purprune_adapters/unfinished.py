@@ -55,6 +55,16 @@ class Unfinished:
                 parts.update(json.loads(line))
         return parts
 
+    @contextlib.contextmanager
+    def removed_if_nothing_is_done(self) -> Iterator[None]:
+        """Remove the folder when what is within raises and no part is whole: nothing is lost."""
+        try:
+            yield
+        except Exception:
+            if not self._parts():
+                self.remove()
+            raise
+
     def done(self, part: str, facts: Mapping[str, Any]) -> None:
         """Note that a part is whole; it has been synced before."""
         with self._done.open("a", encoding="utf-8") as file:

@@ -17,6 +17,7 @@ from purprune import (
     NM,
     Block,
     Channel,
+    ConfigError,
     NaNError,
     PolynomialDecay,
     PruneConfig,
@@ -443,7 +444,31 @@ def test_bad_configs_are_refused_before_anything_is_made(tmp_path):
         prune_checkpoint(source, tmp_path / "out", PruneConfig().set_module_name("decoder", GLOBAL))
     with pytest.raises(ValueError, match="Expected a step"):
         prune_checkpoint(source, tmp_path / "out", Rule(schedule=lambda step: 0.5))
+    for score, need in (("wanda", "input_norm"), ("taylor", "gradient")):
+        words = f"weights alone.*'layers.0.weight' needs '{need}'.*collect_stats.*prune_layerwise"
+        with pytest.raises(ConfigError, match=words):
+            prune_checkpoint(source, tmp_path / "out", Rule(0.5, score=score))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_run_that_fails_before_a_file_is_whole_leaves_nothing_behind(tmp_path):
+    """Defends the corrected call: it is no other job than one that did nothing."""
+    source, out = folder(tmp_path), tmp_path / "out"
+    bad = Rule(0.5, score=lambda weight, context: context.stat("mine"))
+    with pytest.raises(ValueError, match="needs the statistic 'mine'"):
+        prune_checkpoint(source, out, bad, masks=tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="needs the statistic 'mine'"):
+        prune_checkpoint(source, out, bad)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    assert prune_checkpoint(source, out, Rule(0.5)).resumed == 0
+
+
+def test_what_an_earlier_run_did_stays_when_the_next_one_fails_at_once(tmp_path):
+    """Defends the work of hours: a file is whole, so that a failure before the next keeps it."""
+    source, out = folder(tmp_path), tmp_path / "out"
+    interrupted(source, out, Rule(0.5), 8)
+    interrupted(source, out, Rule(0.5), 1)
+    assert prune_checkpoint(source, out, Rule(0.5)).resumed >= 1
 
 
 def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
@@ -453,6 +478,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(prune_jobs.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"free bytes .* there are 1,000"):
         prune_checkpoint(source, tmp_path / "out", Rule(0.5))
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_two_runs_do_not_write_the_same_result(tmp_path):
