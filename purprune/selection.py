@@ -193,11 +193,22 @@ def _not_global(name: str, tensor: Tensor, rule: Rule) -> str | None:
 
 
 class LazyParams(Mapping[str, Tensor]):
-    """Parameters that are loaded when they are asked for, and dropped when nobody holds them."""
+    """Parameters that are loaded when they are asked for, and dropped when nobody holds them.
+
+    Two of them are equal where they are the same object: nothing is loaded to compare.
+    """
 
     @abstractmethod
     def shapes(self) -> Mapping[str, Tensor]:
         """Return meta tensors of the same names; nothing is loaded."""
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by identity."""
+        return self is other
+
+    def __hash__(self) -> int:
+        """Hash by identity."""
+        return object.__hash__(self)
 
 
 def described(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

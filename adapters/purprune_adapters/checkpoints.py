@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from purprune import LazyParams
+from purprune.errors import near_misses
 
 _INDEX = "model.safetensors.index.json"
 
@@ -60,6 +61,9 @@ class Checkpoint(LazyParams):
 
     def __getitem__(self, name: str) -> Tensor:
         """Map a tensor."""
+        if name not in self._files:
+            near = near_misses(str(name), self._files)
+            raise KeyError(f"Expected a tensor of {self._path}; got {name!r}.{near}")
         with _open(self._files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor

@@ -71,6 +71,21 @@ def test_selecting_and_planning_read_headers_only(tmp_path, monkeypatch):
     iter_masks(checkpoint, 0, Rule(0.5))
 
 
+def test_checkpoints_are_compared_by_identity_and_name_near_misses(tmp_path, monkeypatch):
+    """Defends `==` and `in` a list, which compared tensors one by one, and a name nearly right."""
+    safetensors.save_file(weights(), tmp_path / "model.safetensors")
+    checkpoint, other = (Checkpoint(tmp_path / "model.safetensors") for _ in range(2))
+    with pytest.raises(KeyError, match=r"got 'layers.0.wieght'. Did you mean 'layers.0.weight'"):
+        checkpoint["layers.0.wieght"]
+    assert checkpoint.get("layers.9") is None
+    assert "layers.9" not in checkpoint
+    monkeypatch.setattr(Checkpoint, "__getitem__", None)  # nothing is mapped
+    assert checkpoint == checkpoint
+    assert checkpoint != other
+    assert checkpoint != dict.fromkeys(checkpoint)
+    assert {checkpoint: 1}[checkpoint] == len({checkpoint, other}) - 1
+
+
 class Counted(LazyParams):
     """Counts how often each tensor is asked for."""
 
