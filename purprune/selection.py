@@ -103,16 +103,37 @@ def refuse_empty(config: PruneConfig) -> None:
         )
 
 
-def refuse_unused(unused: Iterable[str], kind: str, candidates: Iterable[str]) -> None:
-    """Raise when a selector matched nothing, and say what comes near."""
+def refuse_unused(
+    unused: Iterable[str], kind: str, candidates: Iterable[str], *, globs: bool = False
+) -> None:
+    """Raise when a selector matched nothing, and say what comes near.
+
+    Args:
+        unused: the selectors.
+        kind: what they are called.
+        candidates: what they could have matched.
+        globs: whether they are globs, so that a regular expression is told.
+    """
     known = list(candidates)
     lines = [
         f"Expected {kind} to match something; {selector!r} matches nothing."
+        + (_NO_REGEX if globs and selector not in known and _is_regex(selector) else "")
         + _way_out(selector, known)
         for selector in sorted(unused)
     ]
     if lines:
         raise SelectionError("\n".join(lines))
+
+
+_NO_REGEX = (
+    " Names are globs, not regular expressions: '*' stands for any text, as in 'layers.*.mlp', and "
+    "a module's name for all below it; each alternative is a name of its own."
+)
+
+
+def _is_regex(selector: str) -> bool:
+    """Tell whether a selector has what regular expressions have and globs hardly ever."""
+    return ".*" in selector or bool(set(r"\|+(^$") & set(selector))
 
 
 def _way_out(selector: str, known: list[str]) -> str:
@@ -175,7 +196,7 @@ def select(config: PruneConfig, params: Mapping[str, Tensor]) -> Selection:
             skipped[name] = reason
         else:
             rules[name] = rule
-    refuse_unused(matcher.unused, "module_name_configs", known_names(params))
+    refuse_unused(matcher.unused, "module_name_configs", known_names(params), globs=True)
     refuse_nothing(rules, skipped)
     return Selection(rules, skipped)
 

@@ -7,6 +7,7 @@ import torch
 
 from purprune import PruneConfig, Rule, SelectionError, compute_masks
 from purprune.selection import select
+from purprune_adapters import resolve
 
 PARAMS = {
     "embed.weight": torch.ones(4, 2),
@@ -101,6 +102,21 @@ def test_a_selector_that_matches_nothing_raises_with_near_misses(selector, says)
     for rule in (A, None):
         with pytest.raises(SelectionError, match=says.replace(".", r"\.").replace("*", r"\*")):
             select(PruneConfig(B).set_module_name(selector, rule), PARAMS)
+
+
+@pytest.mark.parametrize("selector", [r"encoder\.\d+", "encodr.*", "head|embed", "(head)", "h.+"])
+def test_a_regular_expression_is_told_how_globs_are_written(selector):
+    """Defends names as coremltools takes them: globs have other signs and no alternatives."""
+    config = PruneConfig(B).set_module_name(selector, A)
+    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2)})
+    for raising in (lambda: select(config, PARAMS), lambda: resolve(model, config)):
+        words = r"matches nothing\. Names are globs, not regular expressions: '\*' stands for any"
+        with pytest.raises(SelectionError, match=words):
+            raising()
+    for plain in ("hed", "zzz*", "layer[0-9]"):
+        with pytest.raises(SelectionError, match="matches nothing") as caught:
+            select(PruneConfig(B).set_module_name(plain, A), PARAMS)
+        assert "globs" not in str(caught.value)
 
 
 def test_integer_parameters_raise_when_they_are_named():

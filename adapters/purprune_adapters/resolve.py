@@ -203,7 +203,7 @@ class _Search:
     def refuse_unused(self) -> None:
         """Raise when a selector matched nothing."""
         known = [*self.params, *(item.weight for item in self.computed.values())]
-        refuse_unused(self.names.unused, "module_name_configs", known_names(known))
+        refuse_unused(self.names.unused, "module_name_configs", known_names(known), globs=True)
         kinds = dict.fromkeys(type(module).__name__ for module in self.modules.values())
         refuse_unused(self.unused_types, "module_type_configs", kinds)
 

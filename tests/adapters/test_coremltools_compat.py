@@ -24,7 +24,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import purprune_adapters.coremltools_compat as ours
-from purprune import Channel, ConfigError, NaNError, Rule, SelectionError, compute_masks
+from purprune import (
+    Channel,
+    ConfigError,
+    NaNError,
+    PruneConfig,
+    Rule,
+    SelectionError,
+    compute_masks,
+)
 from purprune_adapters import Pruner
 
 
@@ -85,6 +93,73 @@ def in_both(
 
 def zeros(mask: Tensor) -> int:
     return int((~mask).sum())
+
+
+# ------------------------------------------------------------------ the same keys in PruneConfig
+
+
+class Encoded(nn.Module):
+    """An encoder of two layers, one with a name that begins alike, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.enc2, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+def pruned_by_keys(theirs: ModuleType, **names: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Return how many of 64 entries go in each layer: in coremltools, and by PruneConfig."""
+    keys = {name: {"scheduler": {"update_steps": [0, 1]}, **given} for name, given in names.items()}
+    torch.manual_seed(0)
+    model = Encoded()
+    their_pruner = theirs.MagnitudePruner(
+        copy.deepcopy(model), theirs.MagnitudePrunerConfig.from_dict({"module_name_configs": keys})
+    )
+    their_pruner.prepare(inplace=True)
+    their_pruner.step()
+    there = their_pruner.finalize(inplace=True)
+    pruner = Pruner(model, PruneConfig.from_dict({"module_name_configs": keys}))
+    here = pruner.prepare(inplace=True)
+    pruner.step()
+    both = [
+        [int((w == 0).sum()) for name, w in one.named_parameters() if name.endswith("weight")]
+        for one in (there, here)
+    ]
+    return both[0], both[1]
+
+
+HALF, QUARTER = {"target_sparsity": 0.5}, {"target_sparsity": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("names", "there", "here"),
+    [
+        ({"head": HALF}, [0, 0, 0, 32], [0, 0, 0, 32]),
+        ({"enc": HALF}, [0, 0, 0, 0], [32, 32, 0, 0]),
+        ({"enc.*": HALF}, [32, 32, 32, 0], [32, 32, 0, 0]),
+        ({"enc.*": QUARTER, "enc.0": HALF}, [16, 16, 16, 0], [32, 16, 0, 0]),
+        ({"enc.0*": QUARTER, "enc.*": HALF}, [16, 32, 16, 0], [32, 32, 0, 0]),
+    ],
+    ids=["exact", "container", "glob", "nearer", "later"],
+)
+def test_known_difference_names_of_a_prune_config_are_globs(
+    theirs: ModuleType, names: dict[str, Any], there: list[int], here: list[int]
+) -> None:
+    """Regular expressions there, of which the first counts; globs here, and a nearer name."""
+    assert pruned_by_keys(theirs, **names) == (there, here)
+
+
+def test_known_difference_per_channel_in_a_prune_config_prunes_rows_of_a_linear(
+    theirs: ModuleType,
+) -> None:
+    """Single entries there and in the compat layer; whole rows by PruneConfig."""
+    keys = {"target_sparsity": 0.5, "granularity": "per_channel"}
+    layer = sequential(nn.Linear(8, 8))
+    expected, _ = in_both(theirs, layer, **keys)
+    pruner = Pruner(layer, PruneConfig.from_dict({"global_config": keys}))
+    pruner.prepare(inplace=True)
+    rows = [int((~mask.any(dim=1)).sum()) for mask in (expected, *pruner.masks.values())]
+    assert rows == [0, 4]
 
 
 # ------------------------------------------------------------------ the same masks, step by step
