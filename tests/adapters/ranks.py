@@ -87,6 +87,7 @@ def read_failures(world: int, names: Sequence[str], folder: Path) -> Failures:
 def _rank(rank: int, world: int, names: list[str], folder: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.7 warns of its own
     torch.set_num_threads(1)
     failures: dict[str, str] = {}
     start = f"file://{folder}/store"
@@ -95,7 +96,7 @@ def _rank(rank: int, world: int, names: list[str], folder: Path) -> None:
         module, _, test = name.partition(":")
         try:
             getattr(importlib.import_module(module), test).body()
-        except Exception:
+        except BaseException:  # as torch's CheckpointException is
             failures[name] = traceback.format_exc()
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(failures))
     dist.destroy_process_group()
