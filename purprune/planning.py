@@ -14,6 +14,7 @@ from torch import Tensor
 from purprune.config import PruneConfig, as_config
 from purprune.masks import check_step
 from purprune.ranking import count
+from purprune.rows import ByName
 from purprune.rules import Rule
 from purprune.scoring import unit_layout
 from purprune.selection import described, select
@@ -78,14 +79,18 @@ class PlannedShare:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The result of :func:`plan`: a row per pruned tensor, and why the others are dense."""
+class Plan(ByName[PlannedTensor]):
+    """The result of :func:`plan`: the rows of pruned tensors by name, and why others are dense."""
 
     step: int | None
     tensors: tuple[PlannedTensor, ...]
     skipped: Mapping[str, str]
     shared: tuple[PlannedShare, ...] = ()
     """Totals of tensors whose rules are equal, divided by their values or by a budget."""
+
+    @property
+    def _in_order(self) -> Sequence[PlannedTensor]:
+        return self.tensors
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, texts and numbers."""

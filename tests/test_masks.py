@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 from fractions import Fraction
@@ -289,3 +291,14 @@ def test_of_infinite_weights_that_went_before_only_some_come_back():
     floor = {"w": torch.ones(1, 4, dtype=torch.bool)}
     got = compute_masks(params, 0, Rule(0.25), prev=prev, floor=floor)
     assert got["w"].tolist() == [[True, True, False, True]]
+
+
+def test_a_plan_is_a_mapping_of_its_rows():
+    """Defends what one tries first: names, a row by its name, a copy and a typing error."""
+    planned = plan({"fc.weight": torch.empty(4, 8), "out.weight": torch.empty(2, 4)}, Rule(0.5))
+    assert list(planned) == ["fc.weight", "out.weight"]
+    assert dict(planned)["out.weight"] is planned["out.weight"] is planned.tensors[1]
+    assert len(planned) == 2
+    assert pickle.loads(pickle.dumps(planned)) == planned == copy.deepcopy(planned)
+    with pytest.raises(KeyError, match=r"got 'fc.wieght'. Did you mean 'fc.weight'"):
+        planned["fc.wieght"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from purprune import Count
+from purprune.rows import ByName
 from purprune.tables import skipped_text, text_table
 from purprune_adapters.inputs import Layer, with_outputs_first
 
@@ -27,11 +28,15 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """What was pruned, at which error, and why the rest was not."""
+class LayerReport(ByName[LayerRow]):
+    """What was pruned, at which error, and why the rest was not: the rows by parameter name."""
 
     rows: tuple[LayerRow, ...]
     skipped: Mapping[str, str]
+
+    @property
+    def _in_order(self) -> Sequence[LayerRow]:
+        return self.rows
 
     @property
     def total(self) -> Count:

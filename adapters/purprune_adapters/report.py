@@ -6,16 +6,15 @@ for, and :func:`purprune_adapters.html_report.write_html` makes a page of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from purprune import Count
-from purprune.errors import near_misses
+from purprune.rows import ByName
 from purprune.tables import skipped_text, text_table
 from purprune.totals import sparsities_at
 from purprune.values import FrozenDict
@@ -59,7 +58,7 @@ class ReportRow:
 
 
 @dataclass(frozen=True)
-class Report(Mapping[str, ReportRow]):
+class Report(ByName[ReportRow]):
     """What is pruned now, and why the rest is not: the rows by parameter name.
 
     It iterates over names, as a dict does; two reports are equal where all fields are.
@@ -80,24 +79,9 @@ class Report(Mapping[str, ReportRow]):
             sum(row.weight.zeros for row in self.rows), sum(row.weight.entries for row in self.rows)
         )
 
-    @cached_property
-    def _by_name(self) -> Mapping[str, ReportRow]:
-        return FrozenDict({row.name: row for row in self.rows})
-
-    def __getitem__(self, name: str) -> ReportRow:
-        """Return the row of a parameter."""
-        if name not in self._by_name:
-            near = near_misses(str(name), self._by_name)
-            raise KeyError(f"Expected a pruned parameter; got {name!r}.{near}")
-        return self._by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of the pruned parameters."""
-        return iter(self._by_name)
-
-    def __len__(self) -> int:
-        """Return how many parameters are pruned."""
-        return len(self._by_name)
+    @property
+    def _in_order(self) -> Sequence[ReportRow]:
+        return self.rows
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts, lists, texts and numbers."""

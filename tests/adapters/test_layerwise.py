@@ -117,7 +117,7 @@ def test_every_layer_in_the_blocks_is_pruned_exactly_and_nothing_else_moves(case
 
 
 def report_zeros(report: Any, name: str) -> int:
-    [row] = [row for row in report.rows if row.name == name]
+    row = report[name]
     return int(row.pruned.zeros)
 
 
