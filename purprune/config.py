@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, Self, cast
@@ -22,10 +22,10 @@ from pydantic import (
 )
 from pydantic_core import ArgsKwargs
 
-from purprune.errors import ConfigError, one_line
+from purprune.errors import ConfigError, near_misses, one_line
 from purprune.rules import RULE_KEYS
 from purprune.rules import Rule as Rule
-from purprune.values import KNOWN_KEYS, FrozenDict, value
+from purprune.values import FrozenDict, value
 
 
 def type_name(selector: Any) -> Any:
@@ -86,6 +86,7 @@ class PruneConfig:
                 f"expected {', '.join(map(repr, flat))} in a rule; got a config without rules. "
                 f"Write global_config: {{{written}}}."
             )
+        _refuse_names(keys, [f.name for f in fields(cast("Any", cls))])
         return given
 
     def set_global(self, rule: Rule | None) -> Self:
@@ -128,8 +129,7 @@ class PruneConfig:
         try:
             return cast("Self", _adapter(cls).validate_python(dict(config)))
         except ValidationError as error:
-            keys = [f.name for f in fields(cls)]
-            raise ConfigError(one_line(error, "config", keys, KNOWN_KEYS)) from None
+            raise ConfigError(one_line(error, "config", cls)) from None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the config as plain dicts, lists, texts and numbers."""
@@ -156,6 +156,19 @@ class PruneConfig:
     def json_schema(cls) -> dict[str, Any]:
         """Return the JSON schema of the dict and YAML form."""
         return _adapter(cls).json_schema()
+
+
+def _refuse_names(keys: Mapping[str, Any], own: Sequence[str]) -> None:
+    """Raise for rules that stand under names at once, which is a natural first try."""
+    for name, rule in keys.items():
+        is_rule = rule is None or isinstance(rule, Rule | Mapping)
+        if is_rule and name not in own and not near_misses(str(name), own):
+            written = "None" if rule is None else "Rule(0.5)"
+            raise ValueError(
+                f"unknown key {name!r}. Known here: {', '.join(own)}. A rule by name is "
+                f"PruneConfig().set_module_name({name!r}, {written}), or in a dict "
+                f"{{'module_name_configs': {{{name!r}: ...}}}}."
+            )
 
 
 def read_yaml(source: str | os.PathLike[str] | IO[Any]) -> Any:

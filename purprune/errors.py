@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence, Set
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import fields, is_dataclass
+from types import MappingProxyType
+from typing import Any, get_args, get_type_hints
 
 from pydantic import ValidationError
 
@@ -33,46 +35,58 @@ def near_misses(word: str, candidates: Iterable[str], limit: int = 3) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-_ALIASES = dict.fromkeys(("amount", "sparsity", "target"), "target_sparsity")
-"""What keys are called elsewhere."""
+WORDS = {
+    **dict.fromkeys(("amount", "sparsity", "target", "final_sparsity"), "target_sparsity"),
+    **dict.fromkeys(("density", "keep", "keep_ratio"), "1 - target_sparsity"),
+}
+"""What a rule's target is called elsewhere."""
 
 _EXAMPLES = {"Rule": "Rule(0.5)", "Pattern": "Channel() or NM(2, 4)"}
 """Values that are often forgotten around what they hold."""
 
+_OWNERS: dict[str, dict[str, str]] = {}
+"""By key: the values and functions that have it, and of which class is what they build."""
 
-def one_line(
-    error: ValidationError,
-    title: str,
-    fields: Sequence[str],
-    known: Set[str],
-    by_name: Sequence[str] = (),
-) -> str:
+
+def own_keys(cls: Any, keys: Iterable[str], built: str) -> None:
+    """Remember for errors which value, or function that builds one, has which keys."""
+    for key in keys:
+        _OWNERS.setdefault(key, {})[cls.__name__] = built
+
+
+def keys_of(cls: Any) -> list[str]:
+    """Return the keys of a value in the order of its arguments, those by name alone last."""
+    in_order = sorted(fields(cls), key=lambda f: f.kw_only is True)
+    return [f.name for f in in_order]
+
+
+def one_line(error: ValidationError, title: str, cls: Any) -> str:
     """Put what pydantic found into one clear line for each finding.
 
     Args:
         error: what pydantic raised.
         title: the name of the value that was built.
-        fields: its fields in order; a finding about argument 0 is about the first.
-        known: every key that purprune knows anywhere, for near misses.
-        by_name: fields that are no arguments in order.
+        cls: its class; a finding about argument 0 is about the first of its keys.
     """
     found = [dict(e) for e in error.errors()]
     if any(e["type"] == "unexpected_positional_argument" for e in found):
-        return too_many(title, fields, by_name)  # what else was found is of values out of place
-    return "\n".join(_finding(e, title, fields, known) for e in found)
+        by_name = [f.name for f in fields(cls) if f.kw_only is True]
+        return too_many(title, keys_of(cls), by_name)  # what else was found is out of place
+    return "\n".join(_finding(e, title, cls) for e in found)
 
 
-def _finding(found: dict[str, Any], title: str, fields: Sequence[str], known: Set[str]) -> str:
+def _finding(found: dict[str, Any], title: str, cls: Any) -> str:
     first, *rest = found["loc"] or ("",)
-    if isinstance(first, int) and first < len(fields):
-        first = fields[first]
+    keys = keys_of(cls)
+    if isinstance(first, int) and first < len(keys):
+        first = keys[first]
     path = ".".join(str(part) for part in (title, first, *rest) if part not in {"", "[key]"})
     kind = found["type"]
     if kind in {"value_error", "assertion_error"}:
         return f"{path}: {found['ctx']['error']}"
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
-        key = str(found["loc"][-1])
-        return f"{path}: unknown key {key!r}.{meant(key, () if rest else fields, known)}"
+        *place, key = found["loc"]
+        return f"{path}: unknown key {key!r}.{meant(str(key), *_known_at(cls, place))}"
     if kind in {"missing", "missing_argument"}:
         return f"{path}: expected a value; got none."
     message, given = found["msg"].replace("Input should be ", "expected "), found["input"]
@@ -85,20 +99,62 @@ def _finding(found: dict[str, Any], title: str, fields: Sequence[str], known: Se
     return f"{path}: {message}; got {given!r}."
 
 
-def meant(key: str, own: Iterable[str], known: Set[str]) -> str:
-    """Return what may be meant: a key of this value, or else one of any other.
+def _known_at(cls: Any, place: Sequence[str | int]) -> tuple[list[str], dict[str, set[str]]]:
+    """Return the keys of the value that is found along a place, and the classes that each takes."""
+    found, parts = [cls], iter(place)
+    for part in parts:
+        inner = [c for one in found for c in _taken(one).get(str(part), ())]
+        tagged = [one for one in found if getattr(one, "kind", None) == part]
+        found = inner or tagged or found  # or else a place in a list
+        if str(part).endswith("_configs"):
+            next(parts, None)  # the name of a module, whatever that is
+    keys = [key for one in found for key in (*keys_of(one), *getattr(one, "_also", ()))]
+    taken = {key: {c.__name__ for c in kinds} for c in found for key, kinds in _taken(c).items()}
+    return list(dict.fromkeys(keys)), taken
+
+
+def _taken(cls: Any) -> dict[str, list[Any]]:
+    """Return by key the classes of values that may stand there."""
+    return {key: _values_in(hint) for key, hint in get_type_hints(cls).items()}
+
+
+def _values_in(hint: Any) -> list[Any]:
+    if isinstance(hint, type) and is_dataclass(hint):
+        return [hint]
+    return [one for part in get_args(hint) for one in _values_in(part)]
+
+
+def meant(
+    key: str, own: Iterable[str], taken: Mapping[str, Set[str]] = MappingProxyType({})
+) -> str:
+    """Return what may be meant: a key of this value, or of which others it is one.
 
     Args:
         key: what was given.
-        own: the keys of the value; none where it is not known which value it is.
-        known: every key that purprune knows anywhere.
+        own: the keys of the value.
+        taken: by key the names of the classes that it takes.
     """
     own = [name for name in own if name != "kind"]
-    if _ALIASES.get(key) in (own or known):
-        return f" Did you mean {_ALIASES[key]!r}?"
-    others = known - {key, "kind"} if own else known - {key}
-    near = near_misses(key, own) or near_misses(key, others)
-    return near or (f" Known here: {', '.join(own)}." if own else "")
+    if key in WORDS:
+        is_own = WORDS[key] in own
+        return f" Did you mean {WORDS[key]!r}?" if is_own else f" In a Rule it is {WORDS[key]}."
+    known = f" Known here: {', '.join(own)}." if own else ""
+    whose, place = _whose(key, taken)
+    return f"{whose}{place or known}" if whose else near_misses(key, own) or known
+
+
+def _whose(key: str, taken: Mapping[str, Set[str]]) -> tuple[str, str]:
+    """Return which values have a key, and what to write where one of them may stand."""
+    import purprune  # what it exports has a name that users know
+
+    owners = {n: built for n, built in _OWNERS.get(key, {}).items() if hasattr(purprune, n)}
+    if not owners:
+        return "", ""
+    *others, last = owners
+    names = f"{', '.join(others)} and {last}" if others else last
+    fitting = [(at, n) for n, built in owners.items() for at in taken if built in taken[at]]
+    written = [f" Write {at}={name}({key}=...)." for at, name in fitting]
+    return f" It is a key of {names}.", next(iter(written), "")
 
 
 def too_many(title: str, fields: Sequence[str], by_name: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from fractions import Fraction
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from pydantic import GetJsonSchemaHandler, TypeAdapter, model_validator
 from pydantic_core import ArgsKwargs, CoreSchema
@@ -71,6 +71,8 @@ class Rule:
     param_name: str | None = None
     budget: Budget = OwnTarget()
     regrow: AnyRegrow | None = None
+    _also: ClassVar = ("scheduler", *PATTERN_KEYS)
+    """The keys of coremltools, which are folded into others."""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from fractions import Fraction
 from typing import Annotated, Any, Self, cast
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from purprune.errors import ConfigError, one_line
 from purprune.tables import text_table
-from purprune.values import KNOWN_KEYS, FrozenDict, SparsityValue, exact, value
+from purprune.values import FrozenDict, SparsityValue, exact, value
 
 
 def _as_curve(losses: Any) -> Tensor:
@@ -108,8 +107,7 @@ class Sensitivity:
         try:
             return cast("Self", _adapter().validate_python(dict(plain)))
         except PydanticError as error:
-            keys = [f.name for f in fields(cls)]
-            raise ConfigError(one_line(error, "sensitivity", keys, KNOWN_KEYS)) from None
+            raise ConfigError(one_line(error, "sensitivity", cls)) from None
 
 
 @functools.cache

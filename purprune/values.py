@@ -22,14 +22,11 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass as validated_dataclass
 
-from purprune.errors import ConfigError, meant, one_line, too_many
+from purprune.errors import ConfigError, keys_of, meant, one_line, own_keys, too_many
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
-
-KNOWN_KEYS: set[str] = {"scheduler"}
-"""The fields of all values, for near misses in errors."""
 
 StrictInt = Annotated[int, Strict()]
 StrictFloat = Annotated[float, Strict()]
@@ -115,10 +112,7 @@ def value(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen dataclass whose fields are validated and whose errors are one line."""
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
     built = validated_dataclass(frozen=True, config=config)(cls)
-    # In the order of arguments, so that an error of the second one names it.
-    fields = [f.name for f in sorted(dataclasses.fields(built), key=lambda f: f.kw_only is True)]
-    by_name = [f.name for f in dataclasses.fields(built) if f.kw_only is True]
-    KNOWN_KEYS.update(fields)
+    own_keys(built, (*keys_of(built), *getattr(built, "_also", ())), built.__name__)
     init = built.__init__
 
     @functools.wraps(init)
@@ -126,7 +120,7 @@ def value(cls: type[T]) -> type[T]:
         try:
             init(self, *args, **kwargs)
         except ValidationError as error:
-            raise ConfigError(one_line(error, cls.__name__, fields, KNOWN_KEYS, by_name)) from None
+            raise ConfigError(one_line(error, cls.__name__, built)) from None
 
     built.__init__ = checked  # type: ignore[method-assign]
     return built  # type: ignore[return-value]
@@ -141,6 +135,7 @@ def constructor(**hints: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
     def decorate(build: Callable[P, T]) -> Callable[P, T]:
         name, signature = build.__name__, inspect.signature(build)
+        own_keys(build, signature.parameters, str(signature.return_annotation))
 
         @functools.wraps(build)
         def checked(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -166,7 +161,7 @@ def _refuse_misfit(
     known = signature.parameters
     for key in kwargs:
         if key not in known:
-            way_out = f" {hints[key]}" if key in hints else meant(key, known, set())
+            way_out = f" {hints[key]}" if key in hints else meant(key, known)
             raise ConfigError(f"{name}: unknown key {key!r}.{way_out}")
     by_name = [key for key, one in known.items() if one.kind is one.KEYWORD_ONLY]
     if len(args) > len(known) - len(by_name):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -25,6 +26,7 @@ from purprune import (
     Random,
     Rule,
     Unstructured,
+    compute_masks,
 )
 from strategies import PATTERNS, SCORES
 
@@ -160,6 +162,37 @@ def test_bad_rules_raise_and_say_what_was_expected(rule, says):
     assert "pydantic" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ({"granularty": 1}, "Did you mean 'granularity'?"),
+        ({"pattern": {"unit": {"kind": "channel", "dims": 1}}}, "Did you mean 'dim'?"),
+        ({"pattern": {"groop": {}}}, "Did you mean 'group'?"),
+        ({"schedule": {"kind": "cosine", "power": 2}}, "It is a key of RIA and PolynomialDecay."),
+        ({"score": {"kind": "random", "sed": 1}}, "Did you mean 'seed'?"),
+    ],
+)
+def test_near_misses_in_dicts_are_keys_of_that_place(rule, says):
+    """Defends the suggestions of files, for modules too whose names are keys elsewhere."""
+    for name in ("conv1", "score"):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            PruneConfig.from_dict({"module_name_configs": {name: rule}})
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"a.weight": Rule(0.5)}, "PruneConfig().set_module_name('a.weight', Rule(0.5)), or"),
+        ({"a.weight": {}}, "{'module_name_configs': {'a.weight': ...}}"),
+        ({"global_config": {}, "head": None}, "PruneConfig().set_module_name('head', None)"),
+    ],
+)
+def test_rules_that_stand_under_names_at_once_are_told_where_they_belong(config, says):
+    """Defends a natural first try: rules by the name of a parameter, in a dict of these alone."""
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        compute_masks({"a.weight": torch.ones(2, 2)}, 0, config)
+
+
 def test_unknown_top_level_keys_raise():
     """Defends against a mis-spelt section."""
     with pytest.raises(ConfigError, match="Did you mean 'global_config'"):
@@ -183,10 +216,28 @@ def test_unknown_top_level_keys_raise():
             "the others so: PolynomialDecay(begin_step=..., end_step=..., frequency=...).",
         ),
         (lambda: Random(1, 2), "Random: expected at most seed without a name; got more."),
+        (lambda: Rule(final_sparsity=0.8), "Did you mean 'target_sparsity'?"),
+        (lambda: Rule(density=0.2), "'density'. In a Rule it is 1 - target_sparsity."),
+        (lambda: Rule(keep=0.2), "'keep'. In a Rule it is 1 - target_sparsity."),
+        (
+            lambda: PolynomialDecay(range(9), final_sparsity=0.5),
+            "'final_sparsity'. In a Rule it is target_sparsity.",
+        ),
+        (lambda: PolynomialDecay(range(9), initial_sparsity=0), "It is a key of Rule."),
+        (lambda: Channel(n_m_ratio=(2, 4)), "It is a key of Rule."),
+        (
+            lambda: Rule(scope="global"),
+            "It is a key of Unstructured, Channel, Kernel and Block. Write "
+            "pattern=Unstructured(scope=...).",
+        ),
+        (lambda: Rule(norm="l1"), "Write pattern=Pattern(norm=...)."),
+        (lambda: Rule(begin_step=3), "Write schedule=ConstantSparsity(begin_step=...)."),
+        (lambda: Rule(m=4), "It is a key of NM. Write pattern=NM(m=...)."),
+        (lambda: Rule(max_sparsity=0.9), "It is a key of GlobalGroup."),
     ],
 )
 def test_a_key_that_is_not_there_leads_to_one_of_the_same_value(build, says):
-    """Defends near misses against keys that only other values have."""
+    """Defends near misses against keys that only other values have, and says whose these are."""
     with pytest.raises(ConfigError) as caught:
         build()
     assert says in str(caught.value)
@@ -202,7 +253,10 @@ def test_a_key_that_is_not_there_leads_to_one_of_the_same_value(build, says):
         (lambda: NM(2, 4, 1), "NM: expected at most zeros, m without a name; got more. Write the"),
         (lambda: NM(4, 2), "NM: expected zeros <= m; got zeros=4, m=2."),
         (lambda: Block((0, 1)), "Block: expected block extents >= 1"),
-        (lambda: Block(4, dim=1), "Block: unknown key 'dim'. Known here: shape, norm, scope."),
+        (
+            lambda: Block(4, dim=1),
+            "It is a key of Channel, NM and Rule. Known here: shape, norm, scope.",
+        ),
         (lambda: Channel(axis=1), "Channel: unknown key 'axis'. Along a dim it is Channel(dim="),
         (lambda: Channel(1.5), "Channel.dim: expected a valid integer; got 1.5."),
         (lambda: Unstructured("global"), "Write the others so: Unstructured(scope=...)."),

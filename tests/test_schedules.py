@@ -157,7 +157,10 @@ def test_the_text_of_a_range_is_parsed_and_never_evaluated():
         (lambda: PolynomialDecay([1], power=float("nan")), "power > 0; got nan"),
         (lambda: PolynomialDecay([1], power="3"), "power"),
         (lambda: PolynomialDecay([1], "3"), "PolynomialDecay.power"),
-        (lambda: CosineDecay([1], power=3), "unknown key 'power'. Known here: update_steps"),
+        (
+            lambda: CosineDecay([1], power=3),
+            "key of RIA and PolynomialDecay. Known here: update_steps",
+        ),
         (lambda: ExponentialDecay([3, 2]), "rising order"),
         (lambda: CosineDecay(), "or all of begin_step, end_step and frequency"),
         (lambda: ConstantSparsity(-1), "greater than or equal to 0; got -1"),

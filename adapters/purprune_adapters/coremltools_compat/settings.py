@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, Self, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, ValidationError
@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from purprune import ConfigError
 from purprune.config import read_yaml
 from purprune.errors import near_misses, one_line
-from purprune.values import KNOWN_KEYS
 
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_assignment=True)
@@ -33,7 +32,7 @@ def settings(cls: type[T]) -> type[T]:
 
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        with _one_line_errors(cls.__name__, names):
+        with _one_line_errors(cls):
             init(self, *args, **kwargs)
 
     def checked_setattr(self: Any, name: str, value: Any) -> None:
@@ -44,7 +43,7 @@ def settings(cls: type[T]) -> type[T]:
             )
         before = dict(vars(self))
         try:
-            with _one_line_errors(cls.__name__, names):
+            with _one_line_errors(cls):
                 assign(self, name, value)
         except ConfigError:
             vars(self).update(before)
@@ -55,11 +54,11 @@ def settings(cls: type[T]) -> type[T]:
 
 
 @contextlib.contextmanager
-def _one_line_errors(title: str, names: Sequence[str]) -> Iterator[None]:
+def _one_line_errors(cls: type[Any]) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        raise ConfigError(one_line(error, title, names, KNOWN_KEYS | set(names))) from None
+        raise ConfigError(one_line(error, cls.__name__, cls)) from None
 
 
 @contextlib.contextmanager
