@@ -205,6 +205,11 @@ def _set(
     configs: Mapping[str, Rule | None], selector: str, rule: Rule | None
 ) -> dict[str, Rule | None]:
     """Return ``configs`` with ``selector`` set last, so that it is the latest."""
+    if not isinstance(selector, str):
+        raise ConfigError(
+            f"Expected one name or one class to select by; got {selector!r}. Call set_module_name "
+            f"or set_module_type once for each."
+        )
     return {**{s: r for s, r in configs.items() if s != selector}, selector: rule}
 
 

@@ -22,6 +22,7 @@ from purprune.ranking import keep_all_but_lowest, refuse_nan
 from purprune.rules import Rule
 from purprune.scoring import (
     check_mask,
+    check_masks,
     kept_units,
     norm_of,
     ranks_absolute,
@@ -107,7 +108,7 @@ def iter_masks(
     [('fc.weight', [[True, False]]), ('fc2.weight', [[False]])]
     """
     shapes = described(params)
-    step = check_step(step)
+    step = check_step(step, "compute_masks(params, step, cfg)")
     rules = select(as_config(cfg), shapes).rules
     check_given(shapes, prev=prev, floor=floor, grads=grads, stats=stats)
     inputs = Inputs(
@@ -149,12 +150,13 @@ def _masks(
         yield name, mask_of(name, rule, sparsities[name], inputs) if own else next(shared[name])
 
 
-def check_step(step: int) -> int:
-    """Return the step as an int; raise when it is none, or below 0."""
+def check_step(step: int, order: str = "") -> int:
+    """Return the step as an int; raise when it is none, or below 0, and say what comes in order."""
     try:
         whole = operator.index(step)
     except TypeError:
-        raise TypeError(f"Expected step as an int; got {type(step).__name__}.") from None
+        way_out = f" The order is {order}." if order else ""
+        raise TypeError(f"Expected step as an int; got {type(step).__name__}.{way_out}") from None
     if whole < 0 or isinstance(step, bool):
         raise ValueError(f"Expected step >= 0; got {step}.")
     return whole
@@ -207,11 +209,23 @@ def apply_masks(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> di
     {'w': tensor([1., 0.]), 'b': tensor([1.])}
     """
     check_params(params)
+    _refuse_swapped(params, masks)
     _refuse_strangers("masks", masks, params)
     return {
         name: _masked(name, weight, masks[name]) if name in masks else weight
         for name, weight in params.items()
     }
+
+
+def _refuse_swapped(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    check_masks(masks)
+    if not params or any(param.dtype != torch.bool for param in params.values()):
+        return
+    if any(mask.dtype != torch.bool for mask in masks.values()):
+        raise TypeError(
+            "Expected params and then masks; got bool tensors alone as params, so that both seem "
+            "swapped. The order is apply_masks(params, masks)."
+        )
 
 
 def _masked(name: str, weight: Tensor, mask: Tensor) -> Tensor:
@@ -254,11 +268,7 @@ def sparsity(masks: Mapping[str, Tensor]) -> Sparsity:
     >>> counted.zeros, counted.entries, float(counted), str(counted.tensors["w"])
     (3, 4, 0.75, '3 of 4 (75.00 %)')
     """
-    if not isinstance(masks, Mapping):
-        raise TypeError(
-            f"Expected masks as a dict of names to bool tensors; got {type(masks).__name__}. Pass "
-            f"what compute_masks returns; Pruner.report() counts the zeros of a model."
-        )
+    check_masks(masks, "; Pruner.report() counts the zeros of a model")
     for name, mask in masks.items():
         check_mask(name, mask, mask)
         refuse_parts(name, mask)

@@ -17,7 +17,7 @@ from purprune.groups import GlobalGroup, TensorGroup
 from purprune.masks import apply_masks, compute_masks
 from purprune.rules import Rule
 from purprune.selection import check_params, select
-from purprune.sensitivities import Sensitivity
+from purprune.sensitivities import Sensitivity, as_levels
 
 LossFn = Callable[[dict[str, Tensor], Any], Tensor]
 """``loss_fn(params, batch) -> scalar``, as for ``torch.func``."""
@@ -85,7 +85,7 @@ def sensitivity(
     """
     check_params(params)
     rules = select(as_config(cfg), params).rules
-    empty = Sensitivity(0.0, tuple(levels), {}, weight)  # refuses levels before anything is run
+    empty = Sensitivity(0.0, as_levels(levels), {}, weight)  # refuses levels before anything is run
     chunk_bytes = _check_bytes(chunk_bytes)
     run = functools.partial(_losses, loss_fn, params, batch, vectorize)
     first = next(iter(rules))

@@ -21,6 +21,8 @@ from purprune.ranking import count, keep_all_but_lowest, refuse_nan
 from purprune.scoring import readable, refuse_parts
 from purprune.values import exact
 
+_CALL = "sparsegpt(weight, hessian, Unstructured(), 0.5)"
+
 
 class Span(NamedTuple):
     """Columns whose mask is decided together, when the sweep comes to the first of them."""
@@ -157,7 +159,9 @@ def _share(pattern: Pattern, sparsity: float | Fraction | None) -> Fraction:
     """Return the sparsity that is wanted, exactly."""
     wanted = pattern.target if sparsity is None else exact(sparsity)
     if wanted is None:
-        raise ConfigError(f"Expected a sparsity with {pattern}, which sets none; got None.")
+        raise ConfigError(
+            f"Expected a sparsity with {pattern}, which sets none; got None. Write {_CALL}."
+        )
     if not 0 <= wanted <= 1:
         raise ConfigError(f"Expected a sparsity in [0, 1]; got {sparsity}.")
     return wanted
@@ -207,6 +211,8 @@ def _blocks_of_groups(
 
 def refuse_pattern(pattern: Pattern, weight: Tensor) -> None:
     """Raise for a pattern that the sweep over columns has no groups for."""
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"Expected a pattern; got {type(pattern).__name__}. Write {_CALL}.")
     group, shape = pattern.group, weight.shape
     fits = isinstance(group, TensorGroup) or (
         isinstance(group, RowGroup | EveryGroup) and group.layout(shape).order[0] == 0

@@ -168,7 +168,7 @@ def plan(
     ([(8, 4, 2), (4, 2, 1)], {'fc.bias': '1-D: the global rule is for 2 or more dims'})
     """
     shapes = described(params)
-    step = None if step is None else check_step(step)
+    step = None if step is None else check_step(step, "plan(params, cfg, step)")
     rules, skipped = select(as_config(cfg), shapes)
     sparsities = sparsities_at(rules, shapes, step)
     tensors = {

@@ -6,8 +6,10 @@ parameter.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,6 +147,15 @@ def _same(one: Tensor, other: Tensor) -> bool:
     if one.device.type == "cpu":  # where numpy compares bools twice as fast
         return np.array_equal(one.numpy(), other.numpy())
     return torch.equal(one, other)
+
+
+def check_masks(masks: Any, way_out: str = "") -> None:
+    """Raise unless masks are a mapping."""
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            f"Expected masks as a dict of names to bool tensors; got {type(masks).__name__}. Pass "
+            f"what compute_masks returns{way_out}."
+        )
 
 
 def check_mask(name: str, mask: Tensor, weight: Tensor) -> None:

@@ -29,6 +29,15 @@ def _as_level(level: float | Fraction) -> float | str:
     return float(fraction) if exact(float(fraction)) == fraction else str(fraction)
 
 
+def as_levels(levels: Iterable[float | Fraction]) -> tuple[float | Fraction, ...]:
+    """Return levels as a tuple; raise for one alone."""
+    if isinstance(levels, str) or not isinstance(levels, Iterable):
+        raise ConfigError(
+            f"Expected levels as a list of sparsities; got {levels!r}. Write [0.5, 0.7, 0.9]."
+        )
+    return tuple(levels)
+
+
 Level = Annotated[SparsityValue, AfterValidator(exact), PlainSerializer(_as_level)]
 Curve = Annotated[Tensor, BeforeValidator(_as_curve), PlainSerializer(Tensor.tolist)]
 

@@ -28,7 +28,7 @@ Compute = Callable[..., dict[str, Tensor]]
 
 def update_masks(
     params: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None,
     step: int,
     cfg: PruneConfig | Rule | Mapping[str, Any],
     *,
@@ -51,7 +51,7 @@ def update_masks(
 
     Args:
         params: the weights as the optimizer left them; for StraightThrough the dense ones.
-        masks: the masks of the step before; ``{}`` at the start.
+        masks: the masks of the step before; ``{}`` or None at the start.
         step: the optimizer step, from 0.
         cfg: a :class:`PruneConfig`, a :class:`Rule` for everything, or a dict.
         floor: masks that hold at every step, as in :func:`compute_masks`.
@@ -81,7 +81,7 @@ def updated(
     compute: Compute,
     not_finite: Callable[[dict[str, Tensor]], int],
     params: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None,
     step: int,
     cfg: PruneConfig | Rule | Mapping[str, Any],
     **given: Mapping[str, Any] | None,
@@ -97,7 +97,8 @@ def updated(
         cfg: as there.
         **given: ``floor``, ``grads`` and ``stats``.
     """
-    step, shapes = check_step(step), described(params)
+    step = check_step(step, "update_masks(params, masks, step, cfg)")
+    shapes, masks = described(params), {} if masks is None else masks
     rules = select(as_config(cfg), shapes).rules
     check_given(shapes, masks=masks, **given)
     for name in rules.keys() & masks.keys():

@@ -274,6 +274,14 @@ def test_a_named_pattern_is_refused_under_its_own_name(build, says):
     [
         (lambda: PruneConfig().set_module_name("4", 0.5), "a Rule such as Rule(0.5), or a dict"),
         (lambda: PruneConfig().set_global(0.5), "a Rule such as Rule(0.5), or a dict"),
+        (
+            lambda: PruneConfig().set_module_type([torch.nn.Linear], Rule(0.5)),
+            "Expected one name or one class to select by; got [<class",
+        ),
+        (
+            lambda: PruneConfig().set_module_name(["0"], Rule(0.5)),
+            "got ['0']. Call set_module_name or set_module_type once for each.",
+        ),
         (lambda: PruneConfig(0.5), "a Rule such as Rule(0.5), or a dict"),
         (lambda: Rule(pattern=Channel), "got Channel itself. Write Channel(...)."),
         (lambda: Rule(score=Random), "got Random itself. Write Random(...)."),

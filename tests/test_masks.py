@@ -93,6 +93,27 @@ def test_apply_masks_clears_inf_nan_and_the_sign_of_zero():
         (lambda: compute_masks(W, -1, Rule(0.5)), ValueError, "step >= 0; got -1"),
         (lambda: compute_masks(W, 0.5, Rule(0.5)), TypeError, "step as an int; got float"),
         (lambda: compute_masks(W, True, Rule(0.5)), ValueError, "got True"),
+        (
+            lambda: compute_masks(W, Rule(0.5), 0),
+            TypeError,
+            r"got Rule. The order is compute_masks\(params, step, cfg\)",
+        ),
+        (
+            lambda: plan(W, 0, Rule(0.5)),
+            TypeError,
+            r"got Rule. The order is plan\(params, cfg, step\)",
+        ),
+        (
+            lambda: apply_masks({"w": W["w"] > 3}, W),
+            TypeError,
+            r"seem swapped. The order is apply_masks\(params, masks\)",
+        ),
+        (lambda: apply_masks(W, 0.5), TypeError, "bool tensors; got float. Pass what compute_mas"),
+        (
+            lambda: compute_masks(W, 0, Rule(0.5, score="wanda")),
+            ValueError,
+            r"Pruner\(..., stats=...\); purprune_adapters.collect_stats\(model, loader, config\)",
+        ),
         (lambda: compute_masks(W, 0, Rule(0.5, score=Taylor())), ValueError, "'w' needs a grad"),
         (
             lambda: compute_masks(W, 0, Rule(pattern=NM(2, 4, dim=2))),

@@ -195,6 +195,7 @@ def test_a_measurement_goes_through_json_and_keeps_exact_levels():
         ([1.5], r"levels.0: expected a sparsity .* got 1.5"),
         ([-0.1], r"in \[0, 1\]"),
         ([math.nan], "finite"),
+        (0.5, r"levels as a list of sparsities; got 0.5. Write \[0.5, 0.7, 0.9\]"),
     ],
 )
 def test_bad_levels_are_refused_before_the_loss_is_run(levels, says):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purprune import NM, Channel, ConfigError, NaNError, Pattern, Unstructured, sparsegpt
+from purprune import NM, Channel, ConfigError, NaNError, Pattern, Rule, Unstructured, sparsegpt
 from purprune.patterns import RowGroup, TransposableGroup
 
 Matrix = NDArray[np.float64]
@@ -328,7 +328,13 @@ WEIGHT, HESSIAN = layer(4, 8)
         ((WEIGHT, HESSIAN, Pattern(group=TransposableGroup(2, 4))), ConfigError, "Unstructured"),
         ((WEIGHT, HESSIAN, NM(2, 4, dim=2)), ConfigError, "Expected a dim"),
         ((WEIGHT, HESSIAN, Pattern(group=RowGroup(1))), ConfigError, "rows along dim 0"),
-        ((WEIGHT, HESSIAN, Unstructured(), None), ConfigError, "Expected a sparsity"),
+        (
+            (WEIGHT, HESSIAN, Unstructured(), None),
+            ConfigError,
+            "Expected a sparsity .* Write sparse",
+        ),
+        ((WEIGHT, HESSIAN, 0.5), TypeError, r"got float. Write .*hessian, Unstructured\(\), 0.5\)"),
+        ((WEIGHT, HESSIAN, Rule(0.5)), TypeError, "Expected a pattern; got Rule. Write sparsegpt"),
         ((WEIGHT, HESSIAN, Unstructured(), 1.5), ConfigError, r"in \[0, 1\]; got 1.5"),
     ],
 )

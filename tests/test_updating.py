@@ -336,6 +336,15 @@ def test_gradients_that_are_not_finite_exchange_nothing_and_the_schedule_goes_on
     assert zeros(later) == math.floor(100 * rule.sparsity_at(5)) > zeros(masks)
 
 
+def test_none_means_no_masks_yet_and_the_order_is_told():
+    """Defends a natural first call: None, as prev=None of compute_masks means none."""
+    params, rule = {"w": values((4, 4), 0)}, Rule(0.5)
+    masks = update_masks(params, {}, 0, rule)
+    assert torch.equal(update_masks(params, None, 0, rule)["w"], masks["w"])
+    with pytest.raises(TypeError, match=r"The order is update_masks\(params, masks, step, cfg\)"):
+        update_masks(params, 0, masks, rule)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "says"),
     [

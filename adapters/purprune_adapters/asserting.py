@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from purprune.errors import near_misses
-from purprune.scoring import check_mask, refuse_parts
+from purprune.scoring import check_mask, check_masks, refuse_parts
 from purprune.selection import check_params
 
 
@@ -38,6 +38,7 @@ def assert_sparse(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, T
         else model
     )
     check_params(params)
+    check_masks(masks)
     found = []
     for name, mask in masks.items():
         if name not in params:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from purprune import PruneConfig, Rule, Sensitivity, mean_sensitivity, sensitivity
+from purprune.sensitivities import as_levels
 from purprune_adapters.resolve import resolve
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def measure_sensitivity(
     """
     if model.training:
         raise ValueError("Expected a model in eval mode; got one in training mode. Call .eval().")
-    resolved, levels = resolve(model, config), tuple(levels)
+    resolved, levels = resolve(model, config), as_levels(levels)
     params = {name: param.detach() for name, param in model.named_parameters()}
 
     def loss_fn(params: dict[str, Tensor], batch: Sequence[Any]) -> Tensor:

@@ -528,6 +528,8 @@ def test_assert_sparse_names_the_parameter_and_the_number():
     """Defends the assertion: -0.0 is zero, NaN is not, and every parameter is named."""
     model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
     masks = {"0.weight": torch.zeros(2, 4).bool(), "1.weight": torch.zeros(2, 2).bool()}
+    with pytest.raises(TypeError, match=r"dict of names to bool tensors; got float\."):
+        assert_sparse(model, 0.5)
     with pytest.raises(AssertionError, match=r"8 of 8 not zero in '0\.weight', 4 of 4 .* '1\."):
         assert_sparse(model, masks)
     with torch.no_grad():

@@ -189,6 +189,14 @@ def test_every_state_of_a_pruner_has_a_page(tmp_path, given):
         ({"history": [{"step": 3}]}, ValueError, "no 'zeros'.*log.history"),
         ({"path": "nowhere/report.html"}, FileNotFoundError, "nowhere"),
         ({"pruned": nn.Linear(2, 2)}, TypeError, "Pruner or a Report; got Linear"),
+        ({"pruned": "report.html"}, TypeError, r"The order is write_html\(path, pruned\)"),
+        ({"accuracy": 0.97}, TypeError, r"dict by name; got float. Pass \{'pruned': 0.969\}"),
+        ({"before": nn.Linear(2, 2)}, TypeError, r"got Linear. Pass \{name: p.detach"),
+        (
+            {"history": SparsityLog(Pruner(nn.Linear(2, 2), Rule()))},
+            TypeError,
+            "Pass log.history of a log",
+        ),
     ],
 )
 def test_what_can_not_be_told_is_refused_before_a_file_is_there(tmp_path, options, error, words):

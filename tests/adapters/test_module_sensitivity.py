@@ -72,6 +72,8 @@ def test_a_model_in_training_mode_and_a_rule_for_nothing_are_refused():
     """Defends the losses: dropout and running statistics would change them."""
     with pytest.raises(ValueError, match=r"Call \.eval\(\)"):
         measure_sensitivity(_network().train(), F.cross_entropy, _batches(), LEVELS, Rule())
+    with pytest.raises(ValueError, match=r"levels as a list of sparsities; got 0\.5"):
+        measure_sensitivity(_network(), F.cross_entropy, _batches(), 0.5, Rule())
     config = PruneConfig().set_module_type("Conv3d", Rule())
     with pytest.raises(SelectionError, match="Conv3d"):
         measure_sensitivity(_network(), F.cross_entropy, _batches(), LEVELS, config)

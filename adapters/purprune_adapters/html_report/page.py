@@ -66,7 +66,11 @@ def write_html(
     True
     """
     if not isinstance(pruned, Pruner | Report):
-        raise TypeError(f"Expected a Pruner or a Report; got {type(pruned).__name__}.")
+        raise TypeError(
+            f"Expected a Pruner or a Report; got {type(pruned).__name__}. The order is "
+            f"write_html(path, pruned)."
+        )
+    _refuse_others(before, history, accuracy)
     file = check_folder(path)
     _refuse_no_shares(accuracy or {})
     history = [_record(record) for record in history]
@@ -123,6 +127,20 @@ def _record(record: Record) -> Record:
             f"log.history, or what json.loads made of its lines."
         )
     return record
+
+
+def _refuse_others(before: object, history: object, accuracy: object) -> None:
+    """Raise for what holds the thing that is meant, or is one of several."""
+    for name, given, way_out in (
+        ("before", before, "{name: p.detach().clone() for name, p in model.named_parameters()}"),
+        ("accuracy", accuracy, "{'pruned': 0.969}"),
+    ):
+        if given is not None and not isinstance(given, Mapping):
+            got = type(given).__name__
+            raise TypeError(f"Expected {name} as a dict by name; got {got}. Pass {way_out}.")
+    if not isinstance(history, Iterable):
+        got = type(history).__name__
+        raise TypeError(f"Expected history as records; got {got}. Pass log.history of a log.")
 
 
 def _refuse_no_shares(accuracy: Mapping[str, float]) -> None:
