@@ -14,7 +14,7 @@ from purprune.ranking import refuse_nan
 from purprune.scores import needs_of
 from purprune_adapters.batches import Forward, batches, evaluating, run, target
 from purprune_adapters.gradients import GRADIENT_STATS, GradientSums
-from purprune_adapters.inputs import INPUT_STATS, InputSums, layer_of
+from purprune_adapters.inputs import INPUT_STATS, InputSums, layers_of
 from purprune_adapters.resolve import resolve_rules
 from purprune_adapters.wrappers import unwrapped
 
@@ -78,7 +78,7 @@ def collect_stats(
     wanted = _wanted(model, config, needs)
     if not wanted:
         return {}
-    inputs = InputSums([layer_of(model, name) for name in _of(wanted, INPUT_STATS)], wanted)
+    inputs = InputSums(layers_of(model, _of(wanted, INPUT_STATS)), wanted)
     gradients = GradientSums(model, _of(wanted, GRADIENT_STATS))
     if gradients.params and loss is None:
         raise ConfigError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,12 +39,42 @@ class Layer(NamedTuple):
     """From the same to the sum of squares of each feature, (groups, features), in float64."""
 
 
-def layer_of(model: nn.Module, name: str) -> Layer:
-    """Return the layer that owns a weight.
+def layers_of(model: nn.Module, names: Iterable[str]) -> list[Layer]:
+    """Return the layers that own weights.
 
     Raises:
-        SelectionError: it is of no kind whose inputs a hook sees.
+        SelectionError: some are of no kind whose inputs a hook sees; names them all.
     """
+    found = {name: _layer(model, name) for name in names}
+    if unseen := [name for name, layer in found.items() if layer is None]:
+        owned = itertools.groupby(unseen, partial(_owner, model))
+        shown = "; ".join(f"{', '.join(map(repr, names))} of {owner}" for owner, names in owned)
+        calls = "".join(f".set_module_name({one!r}, None)" for one in _selectors(unseen, found))
+        raise SelectionError(
+            f"Expected weights of Linear, Conv1d, Conv2d, Conv3d, transformers' Conv1D or the "
+            f"in_proj of attention; got {shown}: no hook sees their inputs. Leave them dense by "
+            f"PruneConfig().set_global(rule){calls}; compute_masks and a Pruner prune them too, by "
+            f"a score without inputs."
+        )
+    return [layer for layer in found.values() if layer is not None]
+
+
+def _selectors(unseen: list[str], names: Collection[str]) -> list[str]:
+    """Return one glob for all, where it is for no other, or else each name."""
+    glob = f"*.{unseen[0].split('.')[-2]}" if "." in unseen[0] else "*"
+    one_for_all = [name for name in names if fnmatchcase(name, f"{glob}.*")] == unseen
+    return [glob] if one_for_all and len(unseen) > 1 else unseen
+
+
+def _owner(model: nn.Module, name: str) -> str:
+    path = name.rpartition(".")[0]
+    above = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(above, nn.MultiheadAttention):
+        return f"{type(above).__name__}, which reads them itself"
+    return type(model.get_submodule(path)).__name__
+
+
+def _layer(model: nn.Module, name: str) -> Layer | None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     weight: Tensor = getattr(module, leaf)
@@ -67,14 +99,7 @@ def layer_of(model: nn.Module, name: str) -> Layer:
             return Layer(name, weight, module, False, module.groups, *found)
         if _is_transposed_linear(module):
             return make(True, _linear_rows)
-    owner = (
-        f"{type(above).__name__}, which reads it itself" if read_above else type(module).__name__
-    )
-    raise SelectionError(
-        f"Expected weights of Linear, Conv1d, Conv2d, Conv3d, transformers' Conv1D or the in_proj "
-        f"of attention; {name!r} belongs to {owner}, whose inputs no hook sees. Set {name!r} to "
-        f"None, or give it a score without inputs."
-    )
+    return None
 
 
 def with_outputs_first(layer: Layer, tensor: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from purprune import (
     sparsegpt,
 )
 from purprune.config import as_config
+from purprune.errors import near_misses
 from purprune.groups import EveryGroup, RowGroup
 from purprune.obs import refuse_pattern
 from purprune.ranking import refuse_nan
@@ -34,7 +35,7 @@ from purprune.scores import Score, needs_of
 from purprune.totals import sparsities_at
 from purprune_adapters.batches import Forward, batches, evaluating, run, tracked
 from purprune_adapters.blocks import calls_of, names_of, without_cache
-from purprune_adapters.inputs import INPUT_STATS, InputSums, Layer, layer_of, with_outputs_first
+from purprune_adapters.inputs import INPUT_STATS, InputSums, Layer, layers_of, with_outputs_first
 from purprune_adapters.layer_report import LayerReport, LayerRow, row_of
 from purprune_adapters.resolve import resolve_rules
 from purprune_adapters.wrappers import unwrapped
@@ -142,6 +143,8 @@ def _rules_in(
     method: str | Score | None,
 ) -> tuple[dict[str, Rule], dict[str, str]]:
     """Return the rules for weights in the blocks, and why each other parameter stays as it is."""
+    if method not in ("sparsegpt", None):
+        _refuse_method(method)
     selection = resolve_rules(model, as_config(config))
     rules = {name: rule for name, rule in selection.rules.items() if _is_in(name, blocks)}
     if not rules:
@@ -152,8 +155,7 @@ def _rules_in(
     outside = {name: "outside of the blocks" for name in selection.rules if name not in rules}
     targets = sparsities_at(rules, dict(model.named_parameters()), None)
     chosen = {name: _one_shot(name, rules[name], targets[name], method) for name in rules}
-    for name, rule in chosen.items():
-        layer = layer_of(model, name)
+    for layer, (name, rule) in zip(layers_of(model, chosen), chosen.items(), strict=True):
         refuse_nan(layer.weight.detach(), f"the weight {name!r}")
         if method == "sparsegpt":
             with _named(name):
@@ -169,6 +171,15 @@ def _rules_in(
 
 def _is_in(name: str, blocks: Sequence[str]) -> bool:
     return any(name.startswith(f"{block}.") for block in blocks)
+
+
+def _refuse_method(method: Any) -> None:
+    try:
+        Rule(score=method)
+    except ConfigError as error:
+        near = near_misses(method, ["sparsegpt"]) if isinstance(method, str) else ""
+        words = str(error).removeprefix("Rule.score: ")
+        raise ConfigError(f"Expected method='sparsegpt', None or a score: {words}{near}") from None
 
 
 def _one_shot(name: str, rule: Rule, target: Fraction, method: str | Score | None) -> Rule:
@@ -197,7 +208,7 @@ def _layers_with_stats(
     model: nn.Module, rules: Mapping[str, Rule], inputs: Iterable[Callable[[], Tensor]]
 ) -> Iterator[tuple[Layer, dict[str, Tensor]]]:
     """Yield the layers of one block with the sums over their inputs."""
-    layers = [layer_of(model, name) for name in rules]
+    layers = layers_of(model, rules)
     needs = {name: ("hessian", *needs_of(rule.score)) for name, rule in rules.items()}
     sums = InputSums(layers, needs)
     with sums.listening():

@@ -127,7 +127,7 @@ def test_self_attention_sees_the_input_of_its_projection():
     torch.testing.assert_close(
         stats["self_attn.in_proj_weight"]["input_norm"].float(), x.reshape(-1, 8).norm(dim=0)
     )
-    with pytest.raises(SelectionError, match=r"'self_attn.out_proj.weight' belongs to Multihead"):
+    with pytest.raises(SelectionError, match=r"'self_attn.out_proj.weight' of Multihead"):
         collect_stats(layer, [x], needs=["input_norm"])
 
     def crossed(model: nn.Module, batch: Tensor) -> Any:
@@ -310,12 +310,12 @@ def test_scores_that_need_nothing_run_nothing():
         (
             lambda: collect_stats(nn.GRU(3, 2), [X], needs=BOTH),
             SelectionError,
-            "'weight_ih_l0' belongs to GRU",
+            "'weight_ih_l0' of GRU",
         ),
         (
             lambda: collect_stats(nn.ConvTranspose1d(3, 2, 1), [X], needs=BOTH),
             SelectionError,
-            "'weight' belongs to ConvTranspose1d",
+            "'weight' of ConvTranspose1d",
         ),
         (
             lambda: collect_stats(nn.Conv1d(2, 2, 1, groups=2), [X], needs=BOTH),

@@ -289,6 +289,23 @@ def test_blocks_may_be_any_modules_that_follow_each_other():
     assert list(masks) == ["one.weight", "two.weight"]
 
 
+def test_all_weights_whose_inputs_no_hook_sees_are_named_with_a_way_out_that_works():
+    """Defends torch's own encoder: one error, and the config that it shows is taken."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    batches = [torch.randn(8, 5, 4)]
+    with pytest.raises(SelectionError) as caught:
+        prune_layerwise(model, "layers", batches, Rule())
+    assert all(f"'layers.{i}.self_attn.out_proj.weight'" in str(caught.value) for i in (0, 1))
+    way_out = "PruneConfig().set_global(rule).set_module_name('*.out_proj', None)"
+    assert way_out in str(caught.value)
+    config = PruneConfig().set_global(Rule()).set_module_name("*.out_proj", None)
+    assert len(prune_layerwise(model, "layers", batches, config).masks) == 6
+    some = PruneConfig().set_module_name("layers.0.self_attn", Rule())
+    with pytest.raises(SelectionError, match=r"set_module_name\('layers.0.self_attn.out_proj.w"):
+        prune_layerwise(model, "layers", batches, some)
+
+
 SMALL = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 BETWEEN = Between()
 
@@ -354,6 +371,11 @@ BETWEEN = Between()
             "needs squared_gradient",
         ),
         (lambda: prune_layerwise(SMALL, "", X, Rule(), method="wandb"), ConfigError, "'wanda'"),
+        (
+            lambda: prune_layerwise(SMALL, "", X, Rule(), method="gptq"),
+            ConfigError,
+            "Expected method='sparsegpt', None or a score: expected one .* got 'gptq'",
+        ),
         (lambda: prune_layerwise(SMALL, "", [], Rule()), ConfigError, "at least one batch"),
         (
             lambda: prune_layerwise(_nan_weight(), "", X, Rule()),
