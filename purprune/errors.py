@@ -35,14 +35,23 @@ def near_misses(word: str, candidates: Iterable[str], limit: int = 3) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-WORDS = {
+_WORDS = {
     **dict.fromkeys(("amount", "sparsity", "target", "final_sparsity"), "target_sparsity"),
     **dict.fromkeys(("density", "keep", "keep_ratio"), "1 - target_sparsity"),
 }
 """What a rule's target is called elsewhere."""
 
-_EXAMPLES = {"Rule": "Rule(0.5)", "Pattern": "Channel() or NM(2, 4)"}
-"""Values that are often forgotten around what they hold."""
+_EXAMPLES = {"Rule": "Rule(0.5)", "Pattern": "Channel() or NM(2, 4)", "n_m_ratio": "[2, 4]"}
+"""What is often written otherwise, or forgotten around what it holds."""
+
+_N_M = dict.fromkeys(
+    ("n_m", "nm", "NM", "n:m", "2:4"),
+    " N:M is a rule's n_m_ratio: [2, 4], or the group {'kind': 'every', 'zeros': 2, 'm': 4}.",
+)
+"""Names of N:M, which is no kind: what to write."""
+
+_FOLDED = "CoremltoolsKeys."
+"""The title of flat keys, which nobody typed."""
 
 _OWNERS: dict[str, dict[str, str]] = {}
 """By key: the values and functions that have it, and of which class is what they build."""
@@ -81,26 +90,70 @@ def _finding(found: dict[str, Any], title: str, cls: Any) -> str:
     if isinstance(first, int) and first < len(keys):
         first = keys[first]
     path = ".".join(str(part) for part in (title, first, *rest) if part not in {"", "[key]"})
-    kind = found["type"]
+    kind, given = found["type"], found["input"]
     if kind in {"value_error", "assertion_error"}:
-        return f"{path}: {found['ctx']['error']}"
+        error = str(found["ctx"]["error"])
+        return error.replace(_FOLDED, f"{path}.") if _FOLDED in error else f"{path}: {error}"
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
         *place, key = found["loc"]
-        return f"{path}: unknown key {key!r}.{meant(str(key), *_known_at(cls, place))}"
+        way_out = _place_of_kind(given, cls, place) if key == "kind" else ""
+        way_out = way_out or meant(str(key), *_known_at(cls, place))
+        return f"{path}: unknown key {key!r}.{way_out}"
     if kind in {"missing", "missing_argument"}:
         return f"{path}: expected a value; got none."
-    message, given = found["msg"].replace("Input should be ", "expected "), found["input"]
-    if kind == "dataclass_type":
-        name = found["ctx"]["class_name"]
-        example = f" such as {_EXAMPLES[name]}" if name in _EXAMPLES else ""
-        message = f"expected a {name}{example}, or a dict of its keys"
+    if kind in {"model_attributes_type", "union_tag_invalid", "union_tag_not_found"}:
+        return f"{path}: {_one_of_kinds(given, _kinds(_values_at(cls, found['loc'])))}"
+    message = _message(found, str(first))
     if hasattr(given, "__name__"):  # a class, or a function that builds a value
         return f"{path}: {message}; got {given.__name__} itself. Write {given.__name__}(...)."
     return f"{path}: {message}; got {given!r}."
 
 
+def _message(found: dict[str, Any], key: str) -> str:
+    """Return what was expected under a key."""
+    context = found.get("ctx", {})
+    name = context.get("class_name", key)
+    example = f" such as {_EXAMPLES[name]}" if name in _EXAMPLES else ""
+    if found["type"] == "dataclass_type":
+        return f"expected a {name}{example}, or a dict of its keys"
+    if found["type"] == "tuple_type":
+        return f"expected a list{example}"
+    if found["type"] == "too_long":
+        return f"expected at most {context['max_length']} values{example}"
+    return str(found["msg"]).replace("Input should be ", "expected ")
+
+
+def _kinds(classes: Iterable[Any]) -> list[str]:
+    return [one.kind for one in classes if hasattr(one, "kind")]
+
+
+def _one_of_kinds(given: Any, kinds: Sequence[str]) -> str:
+    word = given.get("kind", "") if isinstance(given, Mapping) else given
+    way_out = _N_M.get(str(word)) or near_misses(str(word), kinds)
+    if isinstance(given, str) and given in kinds:
+        way_out = f" Write {{'kind': {given!r}}}."
+    return f"expected a dict whose kind is one of {', '.join(kinds)}; got {given!r}.{way_out}"
+
+
+def _place_of_kind(kind: Any, cls: Any, place: Sequence[str | int]) -> str:
+    """Say where a kind belongs that stands beside what has one."""
+    for one in _values_at(cls, place):
+        for key, classes in _taken(one).items():
+            if kind in _kinds(classes):
+                return f" Write {{{key!r}: {{'kind': {kind!r}}}}}."
+    return _N_M.get(str(kind), "")
+
+
 def _known_at(cls: Any, place: Sequence[str | int]) -> tuple[list[str], dict[str, set[str]]]:
     """Return the keys of the value that is found along a place, and the classes that each takes."""
+    found = _values_at(cls, place)
+    keys = [key for one in found for key in (*keys_of(one), *getattr(one, "_also", ()))]
+    taken = {key: {c.__name__ for c in kinds} for c in found for key, kinds in _taken(c).items()}
+    return list(dict.fromkeys(keys)), taken
+
+
+def _values_at(cls: Any, place: Sequence[str | int]) -> list[Any]:
+    """Return the classes of values that may be found along a place."""
     found, parts = [cls], iter(place)
     for part in parts:
         inner = [c for one in found for c in _taken(one).get(str(part), ())]
@@ -108,9 +161,7 @@ def _known_at(cls: Any, place: Sequence[str | int]) -> tuple[list[str], dict[str
         found = inner or tagged or found  # or else a place in a list
         if str(part).endswith("_configs"):
             next(parts, None)  # the name of a module, whatever that is
-    keys = [key for one in found for key in (*keys_of(one), *getattr(one, "_also", ()))]
-    taken = {key: {c.__name__ for c in kinds} for c in found for key, kinds in _taken(c).items()}
-    return list(dict.fromkeys(keys)), taken
+    return found
 
 
 def _taken(cls: Any) -> dict[str, list[Any]]:
@@ -135,9 +186,9 @@ def meant(
         taken: by key the names of the classes that it takes.
     """
     own = [name for name in own if name != "kind"]
-    if key in WORDS:
-        is_own = WORDS[key] in own
-        return f" Did you mean {WORDS[key]!r}?" if is_own else f" In a Rule it is {WORDS[key]}."
+    if key in _WORDS:
+        is_own = _WORDS[key] in own
+        return f" Did you mean {_WORDS[key]!r}?" if is_own else f" In a Rule it is {_WORDS[key]}."
     known = f" Known here: {', '.join(own)}." if own else ""
     whose, place = _whose(key, taken)
     return f"{whose}{place or known}" if whose else near_misses(key, own) or known

@@ -216,6 +216,7 @@ def Block(  # noqa: N802
 
 
 @constructor(
+    m="2:4 sparsity is NM(2, 4), of which the first number counts zeros.",
     n="The first number counts zeros: 2:4 is NM(zeros=2, m=4).",
     scope="Every group of m has its own count, so that N:M has no scope; Block((1, 4), "
     "scope='global') and others have.",

@@ -175,8 +175,8 @@ _Tagged: Any = Annotated[
     Discriminator(
         _kind_of_schedule,
         custom_error_type="schedule",
-        custom_error_message="expected a schedule such as PolynomialDecay, a dict like "
-        "{'update_steps': [0, 100]} or {'begin_step': 0}, or a callable step -> sparsity",
+        custom_error_message="expected a schedule such as PolynomialDecay(range(0, 100, 10)), a "
+        "dict like {'update_steps': [0, 100]} or {'begin_step': 0}, or a callable step -> sparsity",
     ),
 ]
 

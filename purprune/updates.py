@@ -38,7 +38,9 @@ def as_steps(steps: Any) -> Sequence[int] | None:
     if isinstance(steps, str):
         steps = _parse_range(steps)
     if not isinstance(steps, Iterable):
-        raise ValueError(f"expected a list of update steps; got {steps!r}.")
+        raise ValueError(
+            f"expected a list of update steps; got {steps!r}. Write range(0, 100, 10)."
+        )
     found: Sequence[int]
     if isinstance(steps, range):  # not unrolled: it may be long
         found, rising = steps, steps.step > 0

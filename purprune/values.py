@@ -130,7 +130,8 @@ def constructor(**hints: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Give a function that builds a value the errors of one, under the name that was typed.
 
     Args:
-        hints: for keys that it does not have, and that are often expected: what to write.
+        hints: for keys that it does not have and that are often expected, and for those that it
+            has and that are often left out: what to write.
     """
 
     def decorate(build: Callable[P, T]) -> Callable[P, T]:
@@ -168,4 +169,5 @@ def _refuse_misfit(
         raise ConfigError(too_many(name, list(known), by_name))
     for key, one in [*known.items()][len(args) :]:
         if one.default is one.empty and key not in kwargs:
-            raise ConfigError(f"{name}.{key}: expected a value; got none.")
+            way_out = f" {hints[key]}" if key in hints else ""
+            raise ConfigError(f"{name}.{key}: expected a value; got none.{way_out}")

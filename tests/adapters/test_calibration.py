@@ -310,7 +310,7 @@ def test_scores_that_need_nothing_run_nothing():
         (
             lambda: collect_stats(nn.GRU(3, 2), [X], needs=BOTH),
             SelectionError,
-            "'weight_ih_l0' of GRU",
+            "'weight_ih_l0', 'weight_hh_l0' of GRU",
         ),
         (
             lambda: collect_stats(nn.ConvTranspose1d(3, 2, 1), [X], needs=BOTH),
