@@ -55,8 +55,8 @@ class ScoreContext:
             raise ValueError(
                 f"The score of {self.name!r} needs the statistic {name!r}; got none."
                 f"{near_misses(name, self.stats)} Pass stats={{{self.name!r}: {{{name!r}: "
-                f"tensor}}}} to compute_masks, or as Pruner(..., stats=...); purprune_adapters."
-                f"collect_stats(model, loader, config) makes those of data."
+                f"tensor}}}} to compute_masks, or as Pruner(..., stats=...). Those of inputs "
+                f"and gradients come from purprune_adapters.collect_stats(model, loader, config)."
             )
         found, what = self.stats[name], f"the statistic {name!r} of {self.name!r}"
         if not isinstance(found, Tensor):

@@ -112,7 +112,7 @@ def test_apply_masks_clears_inf_nan_and_the_sign_of_zero():
         (
             lambda: compute_masks(W, 0, Rule(0.5, score="wanda")),
             ValueError,
-            r"Pruner\(..., stats=...\); purprune_adapters.collect_stats\(model, loader, config\)",
+            r"Pruner\(..., stats=...\). .*purprune_adapters.collect_stats\(model, loader, config\)",
         ),
         (lambda: compute_masks(W, 0, Rule(0.5, score=Taylor())), ValueError, "'w' needs a grad"),
         (
