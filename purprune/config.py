@@ -22,7 +22,8 @@ from pydantic import (
 )
 from pydantic_core import ArgsKwargs
 
-from purprune.errors import ConfigError, near_misses, one_line
+from purprune.errors import ConfigError, near_misses
+from purprune.findings import one_line
 from purprune.rules import RULE_KEYS
 from purprune.rules import Rule as Rule
 from purprune.values import FrozenDict, value

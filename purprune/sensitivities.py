@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Ty
 from pydantic import ValidationError as PydanticError
 from torch import Tensor
 
-from purprune.errors import ConfigError, one_line
+from purprune.errors import ConfigError
+from purprune.findings import one_line
 from purprune.tables import text_table
 from purprune.values import FrozenDict, SparsityValue, exact, value
 

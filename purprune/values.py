@@ -22,7 +22,8 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass as validated_dataclass
 
-from purprune.errors import ConfigError, keys_of, meant, one_line, own_keys, too_many
+from purprune.errors import ConfigError
+from purprune.findings import keys_of, meant, one_line, own_keys, too_many
 
 T = TypeVar("T")
 P = ParamSpec("P")

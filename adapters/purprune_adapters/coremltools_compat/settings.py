@@ -14,7 +14,8 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from purprune import ConfigError
 from purprune.config import read_yaml
-from purprune.errors import near_misses, one_line
+from purprune.errors import near_misses
+from purprune.findings import one_line
 
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_assignment=True)
