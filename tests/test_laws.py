@@ -85,8 +85,8 @@ def test_laws_1_2_and_3_hold_for_every_unit_and_group(data: st.DataObject):
 def test_law_2_every_backend_gives_the_same_masks(data: st.DataObject):
     """Defends the one order: pairs, partition and the sort of other devices agree with argsort."""
     from purprune import selecting
+    from purprune.groups import Layout
     from purprune.keys import KeyMaker
-    from purprune.patterns import Layout
     from purprune.ranking import _by_bisecting, _by_selecting
     from purprune.selecting import Span
 
