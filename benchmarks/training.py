@@ -6,7 +6,8 @@
 
 Every contender trains a network of its own from the same weights. The pruner's schedule is over
 before anything is timed: what is left is what every step pays (hooks, gradients, zeros in place).
-glibc's thresholds for trimming and for mapping are raised first (``--default-malloc`` leaves them).
+All prune the same layers. glibc's thresholds for trimming and for mapping are raised first
+(``--default-malloc`` leaves them).
 Both: with the first alone every large gradient is mapped anew, and its fresh pages make the dense
 step itself up to twice as long. The order of the contenders rotates from round to round, and a
 second dense network shows how large the noise is; a third one multiplies its gradients by 1, which
@@ -32,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from purprune import Rule
+from purprune import PruneConfig, Rule
 from purprune_adapters import Pruner
 
 SPARSITY = 0.8
@@ -87,7 +88,9 @@ def with_pruner(trust: bool) -> Callable[[nn.Module, Any], Callable[[], None]]:
 
     def prepare(net: nn.Module, optimizer: Any) -> Callable[[], None]:
         attached = optimizer if trust else None
-        pruner = Pruner(net, Rule(SPARSITY), optimizer=attached, trust_optimizer=trust)
+        same = [name for name, module in net.named_modules() if module in _layers(net)]
+        config = PruneConfig(module_name_configs=dict.fromkeys(same, Rule(SPARSITY)))
+        pruner = Pruner(net, config, optimizer=attached, trust_optimizer=trust)
         pruner.prepare(inplace=True)
         return pruner.step
 
