@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from purprune.scratch import DEVICE_CHUNK
-from purprune.selecting import Span
+from purprune.selecting import SMALL_GROUP, Span
 
-_SMALL_GROUP = 16
 _SORT_UP_TO = 1 << 18
 """Keys that are sorted at a time, in little memory; halving would take ten times the calls."""
 
@@ -48,44 +47,36 @@ def all_but_lowest(
     """
     if bits.numel() == 0:
         return torch.ones(bits.shape, dtype=torch.bool, device=bits.device)
+
+    def select(bits: Tensor, prev: Tensor | None) -> Tensor:
+        shape = (math.prod(bits.shape[:lead]), math.prod(bits.shape[lead:]))
+        keys, kept = make(bits).reshape(shape), None if prev is None else prev.reshape(shape)
+        stay = []
+        for start, stop, size, k in spans:
+            part = keys[:, start:stop].reshape(-1, size)
+            before = None if kept is None else kept[:, start:stop].reshape(-1, size)
+            found = _all_but_lowest(part, before, k, among)
+            stay.append(found.view(shape[0], stop - start))
+        whole = torch.cat(stay, dim=1) if len(stay) > 1 else stay[0]
+        return whole.view(bits.shape)
+
     if bits.numel() <= DEVICE_CHUNK or lead == 0:
-        return _select_rows(bits, prev, lead, spans, make, among)
+        return select(bits, prev)
     at = max(range(lead), key=bits.shape.__getitem__)
     rows = max(1, DEVICE_CHUNK * bits.shape[at] // bits.numel())
     keep = torch.empty(bits.shape, dtype=torch.bool, device=bits.device)
     for start in range(0, bits.shape[at], rows):
         part = (slice(None),) * at + (slice(start, start + rows),)
-        before = None if prev is None else prev[part]
-        keep[part] = _select_rows(bits[part], before, lead, spans, make, among)
+        keep[part] = select(bits[part], None if prev is None else prev[part])
     return keep
-
-
-def _select_rows(
-    bits: Tensor,
-    prev: Tensor | None,
-    lead: int,
-    spans: Sequence[Span],
-    make: Callable[[Tensor], Tensor],
-    among: tuple[int, int],
-) -> Tensor:
-    shape = (math.prod(bits.shape[:lead]), math.prod(bits.shape[lead:]))
-    keys, kept = make(bits).reshape(shape), None if prev is None else prev.reshape(shape)
-    stay = []
-    for start, stop, size, k in spans:
-        part = keys[:, start:stop].reshape(-1, size)
-        before = None if kept is None else kept[:, start:stop].reshape(-1, size)
-        found = _all_but_lowest(part, before, k, among)
-        stay.append(found.view(shape[0], stop - start))
-    whole = torch.cat(stay, dim=1) if len(stay) > 1 else stay[0]
-    return whole.view(bits.shape)
 
 
 def _all_but_lowest(keys: Tensor, kept: Tensor | None, k: int, among: tuple[int, int]) -> Tensor:
     """Mark all but the first k of each row by (kept, key, index)."""
     size = keys.shape[1]
-    if k <= 0 or k >= size or keys.numel() == 0:
+    if k <= 0 or k >= size:
         return torch.full(keys.shape, k <= 0, dtype=torch.bool, device=keys.device)
-    if size <= _SMALL_GROUP:
+    if size <= SMALL_GROUP:
         return _by_shifts(keys, kept, k)
     return (_by_sort if keys.numel() <= _SORT_UP_TO else _by_halves)(keys, kept, k, among)
 
@@ -107,7 +98,7 @@ def _by_sort(keys: Tensor, kept: Tensor | None, k: int, among: tuple[int, int]) 
     """Sort what went before all else; where more than k did, what stayed behind all else."""
     if kept is not None:
         first, last = among[0] - 1, among[1] + 1
-        fit = _number(~kept) <= k
+        fit = _went(kept) <= k
         went, stayed = torch.where(fit, first, keys), torch.where(fit, keys, last)
         keys = torch.where(kept, stayed, went)
     lowest = torch.sort(keys, dim=1, stable=True).indices[:, :k]
@@ -121,15 +112,13 @@ def _by_halves(keys: Tensor, kept: Tensor | None, k: int, among: tuple[int, int]
     The kept ones are ranked, or in rows where more went than may go, those that went.
     """
     rows, size = keys.shape
-    go = torch.full((rows, 1), k, device=keys.device)
-    fit = go > 0
-    if kept is not None:
-        went = _number(~kept)
-        fit = went <= k
-        go = torch.where(fit, go - went, go)
+    none = torch.zeros((rows, 1), dtype=torch.int64, device=keys.device)
+    went = none if kept is None else _went(kept)
+    fit = went <= k
+    go = torch.where(fit, k - went, k)
 
     def number(compare: Callable[[Tensor, Tensor], Tensor], bound: Tensor) -> Tensor:
-        total = torch.zeros_like(go)
+        total = none.clone()
         for part in _parts(size, DEVICE_CHUNK // rows):
             found = compare(keys[:, part], bound.to(keys.dtype))
             if kept is not None:
@@ -157,7 +146,13 @@ def _by_halves(keys: Tensor, kept: Tensor | None, k: int, among: tuple[int, int]
 
 
 def _parts(size: int, columns: int) -> list[slice]:
-    return [slice(start, start + max(1, columns)) for start in range(0, size, max(1, columns))]
+    columns = max(1, columns)
+    return [slice(start, start + columns) for start in range(0, size, columns)]
+
+
+def _went(kept: Tensor) -> Tensor:
+    """Return how many were pruned so far in each row, as a column."""
+    return kept.shape[1] - _number(kept)
 
 
 def _number(flags: Tensor) -> Tensor:

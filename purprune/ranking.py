@@ -154,8 +154,8 @@ def _by_bisecting(
     bits: Tensor, layout: Layout, spans: list[Span], prev: Tensor | None, make: KeyMaker
 ) -> Tensor:
     """Select with torch ops, for devices that share no memory with numpy."""
-    top = torch.iinfo(bits.dtype).max - 1 if make.infinity is None else make.infinity
-    among = 0 if make.absolute else -top, top
+    highest = torch.iinfo(bits.dtype).max - 1 if make.infinity is None else make.infinity
+    among = _up_to(highest, make.absolute)
     before = None if prev is None else prev.permute(layout.order)
     moved = bits.permute(layout.order)
     keep = all_but_lowest(moved, before, layout.lead, spans, lambda part: _keys(part, make), among)
@@ -177,7 +177,10 @@ def _keys(bits: Tensor, make: KeyMaker) -> Tensor:
 
 def key_range(dtype: torch.dtype, absolute: bool) -> tuple[int, int]:
     """Return the lowest and the highest key of scores that are ranked in ``dtype``."""
-    highest = _INFINITY.get(dtype, torch.iinfo(torch.int64).max - 1)
+    return _up_to(_INFINITY.get(dtype, torch.iinfo(torch.int64).max - 1), absolute)
+
+
+def _up_to(highest: int, absolute: bool) -> tuple[int, int]:
     return (0 if absolute else -highest), highest
 
 

@@ -28,7 +28,8 @@ from purprune.threads import in_threads
 
 _CHUNK = 1 << 19
 """Keys that are made at a time, so that calls are few and scratch stays in the cache."""
-_SMALL_GROUP = 16
+SMALL_GROUP = 16
+"""Of so many units each counts how many of its group stand before it, on every device."""
 _BRACKET_FROM = {2: (1 << 16) + 1, 4: 1 << 19, 8: 1 << 19}
 """From so many keys of so many bytes on a bracket pays; pairs of 16 bits are the faster way."""
 _TIES_MATTER_FROM = 1 << 12
@@ -137,7 +138,7 @@ def _all_but_lowest(keys: Keys, k: int) -> Bools:
     size = keys.shape[1]
     if k <= 0 or k >= size or keys.size == 0:
         return np.full(keys.shape, k <= 0)
-    if size > _SMALL_GROUP or len(keys) == 1:
+    if size > SMALL_GROUP or len(keys) == 1:
         return _by_partition(keys, k)
     if keys.size > _CHUNK + size:  # so that patterns of one length serve all
         rows = max(1, _CHUNK // size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,36 +53,55 @@ def unit_scores(scores: Tensor, block: Sequence[int], norm: Norm) -> Tensor:
     if scores.numel() == 0:
         return torch.zeros(grid, dtype=wide, device=scores.device)
     exponent = exponent_of(scores) if norm == "l2" and scores.dtype == wide else 0
-    on_cpu = scores.device.type == "cpu"
-    chunks = -(-scores.numel() // (_CHUNK if on_cpu else DEVICE_CHUNK))
-    # Cut between units: along the first dim with enough of them, which keeps rows whole.
-    at = next((d for d, n in enumerate(grid) if n >= chunks), grid.index(max(grid)))
-    step, lead = -(-grid[at] // chunks), (slice(None),) * at
+    if scores.device.type == "cpu":
+        return _reduced_on_cpu(scores, block, norm, exponent)
+    cut = _cut(scores, block, DEVICE_CHUNK)
+    found = torch.empty(grid, dtype=wide, device=scores.device)
+    for start in cut.starts:
+        part = scores[cut.entries(start)].to(wide, copy=True)
+        found[cut.units(start)] = _reduced(part, block, norm, exponent)
+    return found
 
-    def entries(start: int) -> tuple[slice, ...]:
-        return (*lead, slice(start * block[at], (start + step) * block[at]))
 
-    def units(start: int) -> tuple[slice, ...]:
-        return (*lead, slice(start, start + step))
+class _Cut(NamedTuple):
+    """Chunks of a tensor that no unit crosses: some units along one dim, all along the others."""
 
-    if not on_cpu:
-        found = torch.empty(grid, dtype=wide, device=scores.device)
-        for start in range(0, grid[at], step):
-            part = scores[entries(start)].to(wide, copy=True)
-            found[units(start)] = _reduced(part, block, norm, exponent)
-        return found
-    out = np.empty(grid, np.float64)
+    dim: int
+    starts: range
+    """The first unit of each along that dim."""
+    size: int
+    """The unit's extent along it."""
+
+    def units(self, start: int) -> tuple[slice, ...]:
+        return (*(slice(None),) * self.dim, slice(start, start + self.starts.step))
+
+    def entries(self, start: int) -> tuple[slice, ...]:
+        stop = (start + self.starts.step) * self.size
+        return (*(slice(None),) * self.dim, slice(start * self.size, stop))
+
+
+def _cut(scores: Tensor, block: Sequence[int], chunk: int) -> _Cut:
+    """Cut into chunks of about so many entries."""
+    grid, chunks = grid_shape(block, scores.shape), -(-scores.numel() // chunk)
+    # along the first dim with enough units, which keeps rows whole
+    dim = next((d for d, n in enumerate(grid) if n >= chunks), grid.index(max(grid)))
+    return _Cut(dim, range(0, grid[dim], -(-grid[dim] // chunks)), block[dim])
+
+
+def _reduced_on_cpu(scores: Tensor, block: Sequence[int], norm: Norm, exponent: int) -> Tensor:
+    cut = _cut(scores, block, _CHUNK)
+    out = np.empty(grid_shape(block, scores.shape), np.float64)
     source = (scores.float() if scores.dtype == torch.bfloat16 else scores).detach().numpy()
 
     def reduce(starts: Sequence[int]) -> None:
-        with scratch(source[entries(0)].size, np.float64) as memory:
+        with scratch(source[cut.entries(0)].size, np.float64) as memory:
             for start in starts:
-                part = source[entries(start)]
+                part = source[cut.entries(start)]
                 terms = memory[: part.size].reshape(part.shape)
                 np.copyto(terms, part)
-                out[units(start)] = _reduced(terms, block, norm, exponent)
+                out[cut.units(start)] = _reduced(terms, block, norm, exponent)
 
-    in_threads(reduce, range(0, grid[at], step))
+    in_threads(reduce, cut.starts)
     return torch.from_numpy(out)
 
 
